@@ -1,0 +1,134 @@
+"""All rounding arithmetic: scale and zero point, quantize, dequantize, qdq, int4 packing.
+
+code = clamp(round(x * (1 / scale)) + zero_point, qmin, qmax);  x' = (code - zero_point) * scale, all in fp32.
+The reciprocal is rounded to fp32 first and rounding is half to even: a vector unit does the same, so every backend
+can produce the very same codes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError
+from .specs import LayerState, QuantSpec
+
+SMALLEST_SCALE = 2.0**-100  # an all-zero tensor still gets a positive scale, whose reciprocal is finite
+
+
+class QParams(NamedTuple):
+    """scale: fp32, positive, finite; zero_point: int32, same shape, in the code domain (0 = symmetric)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def symmetric_qparams(absmax: Tensor, spec: QuantSpec) -> QParams:
+    """QParams that put +-absmax at the highest code. absmax: any shape -> scale, zero_point of that shape.
+
+    Raises CalibrationError if absmax holds NaN or Inf.
+    """
+    if not torch.isfinite(absmax).all():
+        raise CalibrationError("a tensor to quantize holds NaN or Inf; quantization needs finite values")
+    scale = (absmax.float() / spec.qmax).clamp_min(SMALLEST_SCALE)
+    return QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+
+
+def affine_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
+    """QParams whose codes cover [min(low, 0), max(high, 0)]; zero stays exactly representable.
+
+    low, high: same shape -> scale, zero_point of that shape. Raises CalibrationError on NaN or Inf.
+    """
+    if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise CalibrationError("a tensor to quantize holds NaN or Inf; quantization needs finite values")
+    low, high = low.float().clamp_max(0), high.float().clamp_min(0)
+    scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_min(SMALLEST_SCALE)
+    zero_point = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax)
+    return QParams(scale, zero_point.to(torch.int32))
+
+
+def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+    """Codes of x as int8, same shape. `qparams` broadcast against x."""
+    codes = (x.float() * qparams.scale.reciprocal()).round_().add_(qparams.zero_point)
+    return codes.clamp_(spec.qmin, spec.qmax).to(torch.int8)
+
+
+def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
+    """fp32 values of integer codes, same shape. `qparams` broadcast against the codes."""
+    return (codes.float() - qparams.zero_point).mul_(qparams.scale)
+
+
+def qdq(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+    """x after a round trip through codes: fp32, same shape. What integer compute sees of x."""
+    codes = (x.float() * qparams.scale.reciprocal()).round_().add_(qparams.zero_point).clamp_(spec.qmin, spec.qmax)
+    return codes.sub_(qparams.zero_point).mul_(qparams.scale)
+
+
+def per_channel(value: Tensor, like: Tensor) -> Tensor:
+    """A per-output-channel vector [N] shaped to broadcast against a weight [N, ...]."""
+    return value.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def token_qparams(x: Tensor, spec: QuantSpec) -> QParams:
+    """Symmetric QParams of each row (x: [..., K] -> [..., 1]) or image (x: [B, C, h, w] -> [B, 1, 1, 1])."""
+    dims = (1, 2, 3) if x.dim() == 4 else (-1,)
+    return symmetric_qparams(x.abs().amax(dim=dims, keepdim=True), spec)
+
+
+def weight_rows(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """A weight [N, ...] as fp32 [N, groups, group_size]; one group where the scale is per channel.
+
+    The last group is padded with zeros where group_size does not divide K.
+    """
+    rows = weight.detach().reshape(weight.shape[0], -1).float()
+    size = spec.group_size or rows.shape[1]
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % size))
+    return rows.reshape(rows.shape[0], -1, size)
+
+
+def weight_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
+    """Symmetric min-max QParams of a weight. [N, ...] -> [N, groups, 1]."""
+    return symmetric_qparams(weight_rows(weight, spec).abs().amax(dim=-1, keepdim=True), spec)
+
+
+def quantize_weight(weight: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """(codes, weight_scale) as LayerState stores them. weight: [N, ...]; qparams: [N, groups, 1]."""
+    codes = quantize(weight_rows(weight, spec), qparams, spec).flatten(1)
+    codes = codes[:, : weight[0].numel()]
+    scale = qparams.scale.squeeze(-1)
+    scale = scale if spec.granularity == "group" else scale.squeeze(-1)
+    return (pack_int4(codes) if spec.bits == 4 else codes.reshape(weight.shape).contiguous()), scale.contiguous()
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """int8 codes -8..7 [N, K] -> uint8 [N, ceil(K/2)], low nibble first, codes stored +8, padding nibble 8."""
+    nibbles = (torch.nn.functional.pad(codes, (0, codes.shape[1] % 2)) + 8).to(torch.uint8)
+    return (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).contiguous()
+
+
+def unpack_int4(packed: Tensor, columns: int) -> Tensor:
+    """Inverse of pack_int4: uint8 [N, ceil(columns/2)] -> int8 codes -8..7 [N, columns]."""
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :columns]
+    return nibbles.to(torch.int8).sub_(8)
+
+
+def weight_codes(state: LayerState, shape: torch.Size) -> Tensor:
+    """Integer codes of a state's weight as int8 in the float layer's `shape`, whatever the storage."""
+    if state.weight.dtype == torch.uint8:
+        return unpack_int4(state.weight, shape[1:].numel()).reshape(shape)
+    return state.weight
+
+
+def dequantize_weight(state: LayerState, shape: torch.Size) -> Tensor:
+    """The weight in the layer's own coordinates: fp32 of the float layer's `shape`, pre_quant_scale undone."""
+    codes = weight_codes(state, shape)
+    scale = state.weight_scale.float()
+    if scale.dim() == 2:  # per group
+        size = state.scheme.weight.group_size if state.scheme.weight else 0
+        scale = scale.repeat_interleave(size, dim=1)[:, : shape[1:].numel()].reshape(shape)
+    else:
+        scale = per_channel(scale, codes)
+    weight = codes.float() * scale
+    if state.pre_quant_scale is not None:
+        weight = weight * state.pre_quant_scale.reshape(1, -1, *[1] * (weight.dim() - 2))
+    return weight

@@ -1,0 +1,29 @@
+"""The one error family of the library. A message names the object, what was found, what was expected, what to do."""
+
+
+class LDMQError(ValueError):
+    """Base of every error this library raises on purpose."""
+
+
+class RecordingError(LDMQError):
+    """A pipeline could not be recorded or a recording could not be replayed."""
+
+
+class PlanError(LDMQError):
+    """A profile, plan or target is malformed, belongs to another model, or cannot be met."""
+
+
+class CalibrationError(LDMQError):
+    """Calibration saw no data, or data that gives no usable range."""
+
+
+class CheckpointError(LDMQError):
+    """A saved quantized model is incomplete, damaged, or of another format version."""
+
+
+class BackendError(LDMQError):
+    """No backend can run a layer as its scheme asks."""
+
+
+class OutputError(LDMQError):
+    """A result could not be written where the user asked for it."""

@@ -1,0 +1,140 @@
+"""The vocabulary: what one tensor's integers mean (QuantSpec), what one layer does (Scheme), what one layer holds
+(LayerState)."""
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import LDMQError
+
+Granularity = Literal["tensor", "channel", "group", "token"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """Integer type of one tensor.
+
+    granularity: how many scales an input of shape [N, K] gets: 'tensor' -> [], 'channel' -> [N],
+    'group' -> [N, ceil(K / group_size)], 'token' -> one per row (Linear) or image (Conv2d), found at run time.
+    """
+
+    bits: int
+    granularity: Granularity
+    group_size: int = 0
+
+    @property
+    def qmin(self) -> int:
+        """Lowest code. 8-bit weights leave out -128, so that their range is symmetric."""
+        return -127 if self.bits == 8 and self.granularity != "tensor" else -(2 ** (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Highest code."""
+        return 2 ** (self.bits - 1) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What one layer does with its weight and its input. None = left in floating point."""
+
+    name: str
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+
+    @property
+    def is_float(self) -> bool:
+        return self.weight is None
+
+    @property
+    def is_static(self) -> bool:
+        """True where the input's range is calibrated."""
+        return self.activation is not None and self.activation.granularity == "tensor"
+
+    @property
+    def is_dynamic(self) -> bool:
+        """True where the input's range is measured in every call."""
+        return self.activation is not None and self.activation.granularity == "token"
+
+    @property
+    def is_integer(self) -> bool:
+        """True where the multiply-accumulates are integer x integer."""
+        return self.activation is not None
+
+
+SCHEMES = ("float", "w8a16", "w8a8", "w8a8-dyn", "w4a16", "w4a8", "w4a4")
+_NAME = re.compile(r"w(?P<w>4|8)a(?P<a>16|8|4)(?P<dyn>-dyn)?(?:-g(?P<group>[1-9]\d*))?")
+
+
+def parse_scheme(name: str) -> Scheme:
+    """Scheme of a name such as 'w8a8', 'w8a8-dyn' or 'w4a16-g64' (64 inputs share a weight scale).
+
+    Raises LDMQError for anything else, naming the common schemes.
+    """
+    if name == "float":
+        return Scheme("float")
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if match is None or not _makes_sense(match):
+        raise LDMQError(
+            f"unknown scheme {name!r}; use one of {', '.join(SCHEMES)} (4-bit weight-only schemes also "
+            f"take a group size, as in w4a16-g64)"
+        )
+    group = int(match["group"] or 0)
+    weight = QuantSpec(int(match["w"]), "group" if group else "channel", group)
+    if match["a"] == "16":
+        return Scheme(name, weight)
+    return Scheme(name, weight, QuantSpec(int(match["a"]), "token" if match["dyn"] else "tensor"))
+
+
+def _makes_sense(match: re.Match[str]) -> bool:
+    """No dynamic 16-bit activations, no 8-bit weights against 4-bit activations, no groups inside an integer GEMM."""
+    if match["a"] == "16":
+        return match["dyn"] is None and (match["group"] is None or match["w"] == "4")
+    return match["group"] is None and not (match["w"] == "8" and match["a"] == "4")
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shape of a Linear (weight [N, K]) or Conv2d (weight [N, C/groups, kh, kw]) and how the kernel walks."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def is_conv(self) -> bool:
+        return len(self.shape) == 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerState:
+    """Everything a quantized layer holds, in a form that belongs to no backend. N outputs, K inputs of a row.
+
+    weight: int8 [N, K] or [N, C/groups, kh, kw], codes -127..127; 4 bit: uint8 [N, ceil(K/2)], two codes a byte,
+        K = C/groups*kh*kw flattened, low nibble first, codes -8..7 stored +8, a padding nibble holds 8.
+    weight_scale: fp32 [N] or [N, ceil(K/group_size)].
+    bias: compute dtype [N] or None.
+    input_scale: fp32 [], input_zero_point: int32 [] in -128..127 (signed domain); None where not static.
+    pre_quant_scale: fp32 [C_in] or None; multiplies the input, the weight holds W / pre_quant_scale.
+    """
+
+    scheme: Scheme
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
+    pre_quant_scale: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, under the names they have in a file."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scheme"}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def to(self, device: torch.device | str) -> "LayerState":
+        """The same state with every tensor on `device`; dtypes stay."""
+        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
