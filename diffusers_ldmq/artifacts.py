@@ -1,0 +1,252 @@
+"""What stages hand to each other: frozen dataclasses, JSON or safetensors on disk, each with a format_version."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import PlanError
+from .metrics import Power, total
+from .serialization import from_json, read_json, write_json
+from .specs import LayerState, parse_scheme
+
+FORMAT_VERSION = 1
+
+Part = Literal["encoder", "middle", "decoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Smallest unit in execution order that a family names. layers: names of its Linear and Conv2d layers."""
+
+    name: str
+    part: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One Linear or Conv2d. shape: of its weight; macs: multiply-accumulates per image (one row of the batch)."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bias: bool
+    macs: int
+    keep_float: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of weight elements, bias apart."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTable:
+    """The denoiser as planners see it: its blocks in execution order and every Linear and Conv2d.
+
+    fingerprint: of all layer names and shapes; two fine-tunes of one model share it, other models do not.
+    other_parameters: elements outside those layers' weights and biases (norms, embeddings).
+    """
+
+    denoiser: str
+    fingerprint: str
+    blocks: tuple[Block, ...]
+    layers: tuple[LayerInfo, ...]
+    other_parameters: int
+
+    def layer(self, name: str) -> LayerInfo:
+        """The layer of that name. Raises PlanError if the model lacks it."""
+        for info in self.layers:
+            if info.name == name:
+                return info
+        raise PlanError(f"{self.denoiser} has no Linear or Conv2d layer {name!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNoise:
+    """Relative noise of one layer on the float run's own input, per profiled timestep.
+
+    signal: [T] power of the layer's float output; noise: scheme -> [T] power of its error under that scheme.
+    The key 'w8a16' is weight noise alone, 'a8' activation noise alone (weight left float).
+    """
+
+    name: str
+    signal: tuple[float, ...]
+    noise: dict[str, tuple[float, ...]]
+
+    def power(self, scheme: str) -> Power:
+        """Signal and noise power over all profiled timesteps."""
+        return Power(sum(self.signal), sum(self.noise[scheme]))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCurve:
+    """Accumulated noise at the denoiser's output with blocks 1..k quantized.
+
+    signal: [T] power of the float output; noise: [K][T], row k-1 = blocks 1..k in `scheme`, the rest float.
+    """
+
+    scheme: str
+    signal: tuple[float, ...]
+    noise: tuple[tuple[float, ...], ...]
+
+    def nsr(self) -> list[float]:
+        """[K] noise-to-signal power N_k over all profiled timesteps."""
+        signal = sum(self.signal)
+        return [sum(row) / signal for row in self.noise]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Where quantization noise arises. timesteps: profiled ones, noisiest first; settings: how it was measured."""
+
+    table: LayerTable
+    timesteps: tuple[float, ...]
+    layers: tuple[LayerNoise, ...]
+    curve: BlockCurve
+    settings: dict[str, Any]
+    format_version: int = FORMAT_VERSION
+
+    def noise_of(self, name: str) -> LayerNoise:
+        """The layer's measured noise. Raises PlanError if the profile lacks it."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise PlanError(f"the profile has no layer {name!r}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write profile.json."""
+        write_json(path, self)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Profile":
+        """Read profile.json. Raises PlanError if it is none."""
+        return from_json(Profile, _versioned(path, "profile"), PlanError, "profile")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """The scheme of one layer and the reason for it."""
+
+    scheme: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Scheme per layer name, with the reason for each.
+
+    denoiser, fingerprint: the model it was made for; planner, target: what made it;
+    reasons: what the planner saw (delta_n per block, threshold, cut-off, ...); predicted_sqnr_db: at the output.
+    """
+
+    denoiser: str
+    fingerprint: str
+    planner: str
+    layers: dict[str, LayerChoice]
+    target: str | None = None
+    reasons: dict[str, Any] = field(default_factory=dict)
+    predicted_sqnr_db: float | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name, choice in self.layers.items():
+            try:
+                parse_scheme(choice.scheme)
+            except ValueError as cause:
+                raise PlanError(f"plan, layer {name!r}: {cause}") from None
+
+    def quantized(self) -> dict[str, str]:
+        """Layer name -> scheme of every layer that is not float."""
+        return {name: choice.scheme for name, choice in self.layers.items() if choice.scheme != "float"}
+
+    def counts(self) -> dict[str, int]:
+        """Scheme -> number of layers."""
+        return dict(Counter(choice.scheme for choice in self.layers.values()))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write plan.json."""
+        write_json(path, self)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Plan":
+        """Read plan.json. Raises PlanError if it is none."""
+        return from_json(Plan, _versioned(path, "plan"), PlanError, "plan")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """The state of every layer that the plan quantizes.
+
+    samples: rows of recorded calls that were seen; forward_calls: denoiser calls made for it;
+    sampler_calls: denoiser calls that the sampler had to make to obtain the samples.
+    """
+
+    plan: Plan
+    states: dict[str, LayerState]
+    selection: str
+    observer: str
+    samples: int
+    forward_calls: int
+    sampler_calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What verification measured at the denoiser's output, on calls that nothing before it saw.
+
+    timesteps, signal, noise: [T], one entry per recorded timestep; dtype: of the verified denoiser.
+    int8_macs: share of the Linear and Conv2d multiply-accumulates that run integer x integer.
+    bytes: of the denoiser's stored weights; fp32_bytes: of the same model at fp32.
+    """
+
+    timesteps: tuple[float, ...]
+    signal: tuple[float, ...]
+    noise: tuple[float, ...]
+    dtype: str
+    schemes: dict[str, int]
+    backends: dict[str, int]
+    int8_macs: float
+    bytes: int
+    fp32_bytes: int
+    calibration: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def sqnr_db(self) -> float:
+        """Output SQNR in dB: powers summed over all recorded calls."""
+        return total([Power(s, n) for s, n in zip(self.signal, self.noise, strict=True)]).sqnr_db
+
+    def curve_db(self) -> list[float]:
+        """[T] output SQNR in dB per timestep."""
+        return [Power(s, n).sqnr_db for s, n in zip(self.signal, self.noise, strict=True)]
+
+    def worst(self) -> tuple[float, float]:
+        """(timestep, output SQNR in dB) of the worst timestep."""
+        db, timestep = min(zip(self.curve_db(), self.timesteps, strict=True))
+        return timestep, db
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write report.json."""
+        write_json(path, self)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Report":
+        """Read report.json. Raises PlanError if it is none."""
+        return from_json(Report, _versioned(path, "report"), PlanError, "report")
+
+
+def _versioned(path: str | os.PathLike[str], what: str) -> Any:
+    """JSON of a file whose format_version this library reads. Raises PlanError."""
+    data = read_json(path, PlanError)
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
+        raise PlanError(
+            f"{path}: not a {what} that this version reads (format_version {version!r}, expected 1 to "
+            f"{FORMAT_VERSION}); make it again with `ldmq {what if what != 'report' else 'quantize'}`"
+        )
+    return data

@@ -1,0 +1,26 @@
+"""The contract of a family of denoisers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A kind of denoiser.
+
+    components: pipeline attributes to look at; classes: class names (a subclass counts too);
+    place: layer name -> (sort key in execution order, block name, part); keep_float: regular expression that is
+    searched in a layer's name, matches stay in floating point by default.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    classes: tuple[str, ...]
+    place: Callable[[str, nn.Module], tuple[tuple[int, ...], str, str]]
+    keep_float: str
+
+    def matches(self, module: nn.Module) -> bool:
+        """True if `module` is of this family, by class name."""
+        return any(cls.__name__ in self.classes for cls in type(module).__mro__)

@@ -1,0 +1,185 @@
+"""Stage 1: run the pipeline's own sampling with a hook on the denoiser and keep its calls."""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call, Recording, flatten, tensor_key
+from .errors import RecordingError
+from .families import find_denoiser
+
+logger = logging.getLogger(__name__)
+
+SHARES = ("calibrate", "calibrate", "select", "verify")
+"""Half of the inputs calibrate, a quarter selects, a quarter verifies."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, all) as a stage goes on."""
+
+
+class _Enough(Exception):  # noqa: N818  (a signal, not an error)
+    """Ends a pipeline call whose remaining steps nobody needs."""
+
+
+def record_calls(
+    pipe: Any,
+    inputs: Sequence[dict[str, Any]],
+    *,
+    selection: str = "first-step",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Recording:
+    """Record the denoiser calls of pipeline calls, one per entry of `inputs` (keyword arguments of `__call__`).
+
+    The inputs are dealt to three disjoint sets; with fewer than four, each is repeated with fresh seeds.
+    An entry's 'seed' (default: counts up from `seed`) seeds the noise of its images. With selection
+    'first-step' the calibrating runs end after the first step.
+
+    Raises RecordingError if the pipeline has no known denoiser, an argument cannot be recorded, or the denoiser's
+    output holds NaN or Inf.
+    """
+    if not inputs:
+        raise RecordingError("no inputs to record; pass at least one dict of the pipeline's __call__ arguments")
+    _, denoiser = find_denoiser(pipe)
+    jobs = _deal(list(inputs), seed)
+    recorder = _Recorder(denoiser)
+    for number, (name, kwargs) in enumerate(jobs):
+        recorder.start(name, number, image_count(kwargs), first_only=name == "calibrate" and selection == "first-step")
+        with recorder.listening():
+            _call(pipe, kwargs)
+        if progress:
+            progress(number + 1, len(jobs))
+    return recorder.result()
+
+
+def _deal(inputs: list[dict[str, Any]], seed: int) -> list[tuple[str, dict[str, Any]]]:
+    """(set, keyword arguments with a 'seed') of every pipeline call; seeds never repeat across sets."""
+    while len(inputs) < len(SHARES):
+        logger.warning("only %d input(s): repeating them with other seeds to fill three sets", len(inputs))
+        inputs = inputs + [{k: v for k, v in entry.items() if k != "seed"} for entry in inputs]
+    jobs, next_seed = [], seed
+    for index, entry in enumerate(inputs):
+        entry = dict(entry)
+        entry.setdefault("seed", next_seed)
+        next_seed += image_count(entry)
+        jobs.append((SHARES[index * len(SHARES) // len(inputs)], entry))
+    return jobs
+
+
+def image_count(inputs: dict[str, Any]) -> int:
+    """Number of images that a pipeline call with these arguments makes."""
+    for name in ("prompt", "prompt_embeds", "class_labels", "image"):
+        value = inputs.get(name)
+        if isinstance(value, (list, tuple)):
+            return len(value) * int(inputs.get("num_images_per_prompt") or 1)
+        if isinstance(value, Tensor) and name != "image":
+            return value.shape[0] * int(inputs.get("num_images_per_prompt") or 1)
+    return int(inputs.get("batch_size") or 1) * int(inputs.get("num_images_per_prompt") or 1)
+
+
+def generators(seed: int, count: int) -> list[torch.Generator]:
+    """One seeded CPU generator per image, so that an image does not depend on its batch."""
+    return [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
+
+
+def _call(pipe: Any, inputs: dict[str, Any]) -> None:
+    kwargs = {key: value for key, value in inputs.items() if key != "seed"}
+    accepted = inspect.signature(pipe.__call__).parameters
+    unknown = [key for key in kwargs if key not in accepted]
+    if unknown:
+        raise RecordingError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}; it takes {sorted(accepted)}")
+    kwargs.setdefault("generator", generators(int(inputs["seed"]), image_count(inputs)))
+    if "output_type" in accepted:
+        kwargs.setdefault("output_type", "latent")  # what comes after the denoiser is not recorded
+    try:
+        pipe(**kwargs)
+    except _Enough:
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()
+
+
+class _Recorder:
+    """Hooks on a denoiser that turn its calls into a Recording."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+        self.signature = inspect.signature(denoiser.forward)
+        self.calls: list[Call] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.sampler_calls: dict[str, int] = {}
+
+    def start(self, name: str, run: int, images: int, *, first_only: bool) -> None:
+        """Begin the pipeline call number `run` of the set `name`."""
+        self.set, self.run, self.images, self.first_only = name, run, images, first_only
+        self.steps: dict[float, int] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Keep the denoiser's calls while the context is open."""
+        before = self.denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
+        after = self.denoiser.register_forward_hook(self._after, with_kwargs=True)
+        made = len(self.calls)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+        if len(self.calls) == made:
+            raise RecordingError(f"{type(self.denoiser).__name__} was never called by the pipeline")
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        bound = dict(self.signature.bind(*args, **kwargs).arguments)
+        bound.update(bound.pop("kwargs", {}))
+        return flatten(bound)
+
+    def _timestep(self, flat: dict[str, Any]) -> float:
+        value = flat.get("timestep")
+        if value is None:
+            raise RecordingError(f"{type(self.denoiser).__name__} was called without a 'timestep'")
+        return float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = self._timestep(self._arguments(args, kwargs))
+        if self.first_only and self.steps and timestep not in self.steps:
+            raise _Enough
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        flat = self._arguments(args, kwargs)
+        timestep = self._timestep(flat)
+        result = output[0] if isinstance(output, (tuple, list)) else output.sample
+        if not torch.isfinite(result).all():
+            raise RecordingError(
+                f"{type(module).__name__} gave NaN or Inf at timestep {timestep:g} in floating point already; "
+                f"load the model in float32 or check its weights"
+            )
+        images = self.images if result.shape[0] % self.images == 0 else result.shape[0]
+        self.calls.append(
+            Call(
+                set=self.set,
+                run=self.run,
+                step=self.steps.setdefault(timestep, len(self.steps)),
+                timestep=timestep,
+                images=images,
+                tensors={path: self._keep(v) for path, v in flat.items() if isinstance(v, Tensor)},
+                constants={
+                    path: v for path, v in flat.items() if not isinstance(v, Tensor) and path != "return_dict"
+                },
+                output=self._keep(result.float()),
+            )
+        )
+        self.sampler_calls[self.set] = self.sampler_calls.get(self.set, 0) + 1
+
+    def _keep(self, value: Tensor) -> str:
+        value = value.detach().to("cpu", copy=True)
+        key = tensor_key(value)
+        self.tensors.setdefault(key, value)
+        return key
+
+    def result(self) -> Recording:
+        """The finished recording."""
+        return Recording(type(self.denoiser).__name__, tuple(self.calls), self.tensors, self.sampler_calls)
