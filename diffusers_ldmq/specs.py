@@ -1,9 +1,10 @@
 """The vocabulary: what one tensor's integers mean (QuantSpec), what one layer does (Scheme), what one layer holds
 (LayerState)."""
 
+import math
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +110,16 @@ class Geometry:
     def is_conv(self) -> bool:
         return len(self.shape) == 4
 
+    @property
+    def columns(self) -> int:
+        """K: how many inputs one output sums over."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def in_channels(self) -> int:
+        """C_in: length of the input's channel axis."""
+        return self.shape[1] * self.groups
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerState:
@@ -138,3 +149,50 @@ class LayerState:
     def to(self, device: torch.device | str) -> "LayerState":
         """The same state with every tensor on `device`; dtypes stay."""
         return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+
+
+class TensorSpec(NamedTuple):
+    """What a LayerState tensor looks like. dtype None = any floating dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    required: bool
+
+
+def tensor_specs(scheme: Scheme, geometry: Geometry) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor a layer of this scheme may hold, by its name in LayerState and in a file."""
+    if scheme.weight is None:
+        raise LDMQError("scheme 'float' holds no integers; a float layer has no LayerState")
+    rows, columns, size = geometry.shape[0], geometry.columns, scheme.weight.group_size
+    packed = scheme.weight.bits == 4
+    specs = {
+        "bias": TensorSpec((rows,), None, False),
+        "weight": TensorSpec((rows, -(-columns // 2)), torch.uint8, True)
+        if packed
+        else TensorSpec(tuple(geometry.shape), torch.int8, True),
+        "weight_scale": TensorSpec((rows, -(-columns // size)) if size else (rows,), torch.float32, True),
+        "pre_quant_scale": TensorSpec((geometry.in_channels,), torch.float32, False),
+    }
+    if scheme.is_static:
+        specs["input_scale"] = TensorSpec((), torch.float32, True)
+        specs["input_zero_point"] = TensorSpec((), torch.int32, True)
+    return specs
+
+
+def check_state(state: LayerState, geometry: Geometry) -> None:
+    """Raises LDMQError naming the tensor if one is missing, or has a shape or dtype its scheme does not ask for."""
+    specs, found = tensor_specs(state.scheme, geometry), state.tensors()
+    for name in sorted(specs.keys() | found.keys()):
+        spec, tensor = specs.get(name), found.get(name)
+        if spec is None:
+            raise LDMQError(f"a {state.scheme.name} layer has no tensor {name!r}; leave it out")
+        if tensor is None:
+            if spec.required:
+                raise LDMQError(f"a {state.scheme.name} layer needs the tensor {name!r}")
+            continue
+        dtype_fits = tensor.dtype == spec.dtype if spec.dtype else tensor.is_floating_point()
+        if tuple(tensor.shape) != spec.shape or not dtype_fits:
+            raise LDMQError(
+                f"tensor {name!r} of a {state.scheme.name} layer must be {spec.dtype or 'floating'} "
+                f"{list(spec.shape)}; found {tensor.dtype} {list(tensor.shape)}"
+            )

@@ -1,40 +1,40 @@
 """Device code that runs a LayerState. One file, one backend; `reference` is the oracle of all others."""
 
-from abc import ABC, abstractmethod
-from typing import Any
-
 import torch
-from torch import Tensor
 
 from ..errors import BackendError
-from ..registry import Registry
 from ..specs import Geometry, LayerState
+from .contract import BACKENDS, Backend
+from .reference import Reference
+
+__all__ = ["BACKENDS", "Backend", "choose_backend", "refusals"]
+
+for _backend in (Reference(),):
+    BACKENDS.add(_backend.name, _backend)
 
 
-class Backend(ABC):
-    """Runs quantized layers on one kind of device.
+def refusals(state: LayerState, geometry: Geometry, device: torch.device) -> dict[str, str | None]:
+    """Why each backend will not run this layer on `device`, best backend first; None = it can."""
+    ranked = sorted(BACKENDS.items(), key=lambda item: -item[1].priority)
+    return {name: backend.refusal(state, geometry, device) for name, backend in ranked}
 
-    priority: among the backends that do not refuse, the highest runs the layer.
+
+def choose_backend(
+    state: LayerState, geometry: Geometry, device: torch.device, name: str | None = None
+) -> Backend:
+    """The best backend that can run this layer on `device`, or the one called `name`.
+
+    Raises BackendError with the reasons if the named one, or every one, refuses; LDMQError if `name` is unknown.
     """
-
-    name: str
-    priority: int
-
-    @abstractmethod
-    def refusal(self, state: LayerState, geometry: Geometry, device: torch.device) -> str | None:
-        """None if this backend can run the layer on `device`; otherwise the reason in words."""
-
-    @abstractmethod
-    def pack(self, state: LayerState, geometry: Geometry) -> Any:
-        """The state in the form that `run` reads. May hold the weight only in packed form."""
-
-    @abstractmethod
-    def unpack(self, packed: Any) -> Tensor:
-        """The weight codes of a packed layer, equal to the `LayerState.weight` it was made of, bit for bit."""
-
-    @abstractmethod
-    def run(self, x: Tensor, packed: Any) -> Tensor:
-        """The layer's output in x.dtype. x: float [..., K] (Linear) or [B, C, h, w] (Conv2d)."""
-
-
-BACKENDS: Registry[Backend] = Registry("backend")
+    reasons = (
+        refusals(state, geometry, device)
+        if name is None
+        else {name: BACKENDS[name].refusal(state, geometry, device)}
+    )
+    for candidate, reason in reasons.items():
+        if reason is None:
+            return BACKENDS[candidate]
+    told = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+    raise BackendError(
+        f"no backend can run a {state.scheme.name} layer of shape {geometry.shape} on {device} ({told})"
+    )

@@ -1,0 +1,39 @@
+"""What every backend provides, and the table of them."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..registry import Registry
+from ..specs import Geometry, LayerState
+
+
+class Backend(ABC):
+    """Runs quantized layers on one kind of device.
+
+    priority: among the backends that do not refuse, the highest runs the layer.
+    """
+
+    name: str
+    priority: int
+
+    @abstractmethod
+    def refusal(self, state: LayerState, geometry: Geometry, device: torch.device) -> str | None:
+        """None if this backend can run the layer on `device`; otherwise the reason in words."""
+
+    @abstractmethod
+    def pack(self, state: LayerState, geometry: Geometry) -> Any:
+        """The state in the form that `run` reads. May hold the weight only in packed form."""
+
+    @abstractmethod
+    def unpack(self, packed: Any) -> Tensor:
+        """The weight codes of a packed layer, equal to the `LayerState.weight` it was made of, bit for bit."""
+
+    @abstractmethod
+    def run(self, x: Tensor, packed: Any) -> Tensor:
+        """The layer's output in x.dtype. x: float [..., K] (Linear) or [B, C, h, w] (Conv2d)."""
+
+
+BACKENDS: Registry[Backend] = Registry("backend")

@@ -1,0 +1,89 @@
+"""Plain torch operators in floating point: slow, runs everywhere, and the oracle of every fast backend.
+
+Integer schemes multiply integer codes held as fp32, which is exact while every partial sum stays below 2^24.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import affine
+from ..specs import Geometry, LayerState
+from .contract import Backend
+
+
+class PlainLayer(NamedTuple):
+    """A state as it is (4-bit codes stay packed in memory) with its layer's geometry."""
+
+    state: LayerState
+    geometry: Geometry
+
+
+class Reference(Backend):
+    """Runs every scheme on every device that torch knows."""
+
+    name = "reference"
+    priority = 0
+
+    def refusal(self, state: LayerState, geometry: Geometry, device: torch.device) -> str | None:
+        return None
+
+    def pack(self, state: LayerState, geometry: Geometry) -> PlainLayer:
+        return PlainLayer(state, geometry)
+
+    def unpack(self, packed: PlainLayer) -> Tensor:
+        return packed.state.weight
+
+    def run(self, x: Tensor, packed: PlainLayer) -> Tensor:
+        state, geometry = packed
+        if not state.scheme.is_integer:
+            weight = affine.dequantize_weight(state, torch.Size(geometry.shape)).to(x.dtype)
+            return dense(x, weight, None if state.bias is None else state.bias.to(x.dtype), geometry)
+        out = integer_output(x, state, geometry)
+        if state.bias is not None:
+            out += output_vector(state.bias.float(), geometry)
+        return out.to(x.dtype)
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Linear or Conv2d of this geometry in floating point."""
+    if not geometry.is_conv:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+
+
+def dense_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    """Gradient of `dense` with respect to its input of this `shape`."""
+    if not geometry.is_conv:
+        return grad @ weight
+    walk = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    return torch.nn.grad.conv2d_input(shape, weight, grad, *walk)
+
+
+def output_vector(value: Tensor, geometry: Geometry) -> Tensor:
+    """A vector over output channels [N] shaped to broadcast against the output."""
+    return value.reshape(-1, 1, 1) if geometry.is_conv else value
+
+
+def integer_output(x: Tensor, state: LayerState, geometry: Geometry) -> Tensor:
+    """Scaled integer accumulators, without bias, in fp32. x: [..., K] or [B, C, h, w], any float dtype."""
+    assert state.scheme.activation is not None
+    if state.pre_quant_scale is not None:
+        x = x.float() * (
+            state.pre_quant_scale.reshape(-1, 1, 1) if geometry.is_conv else state.pre_quant_scale
+        )
+    qparams = input_qparams(x, state)
+    codes = affine.quantize(x, qparams, state.scheme.activation).float().sub_(qparams.zero_point)
+    weight = affine.weight_codes(state, torch.Size(geometry.shape)).float()
+    accumulators = dense(codes, weight, None, geometry)
+    return accumulators.mul_(qparams.scale).mul_(output_vector(state.weight_scale, geometry))
+
+
+def input_qparams(x: Tensor, state: LayerState) -> affine.QParams:
+    """The calibrated QParams of a static scheme (scalars), or those of each row or image of x."""
+    assert state.scheme.activation is not None
+    if state.input_scale is None or state.input_zero_point is None:
+        return affine.token_qparams(x, state.scheme.activation)
+    return affine.QParams(state.input_scale, state.input_zero_point)
