@@ -30,8 +30,13 @@ def symmetric_qparams(absmax: Tensor, spec: QuantSpec) -> QParams:
     """
     if not torch.isfinite(absmax).all():
         raise CalibrationError("a tensor to quantize holds NaN or Inf; quantization needs finite values")
-    scale = (absmax.float() / spec.qmax).clamp_min(SMALLEST_SCALE)
+    scale = symmetric_scale(absmax, spec)
     return QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+
+
+def symmetric_scale(absmax: Tensor, spec: QuantSpec) -> Tensor:
+    """Scale that puts +-absmax at the highest code: fp32, same shape; NaN and Inf stay what they are."""
+    return (absmax.float() / spec.qmax).clamp_min(SMALLEST_SCALE)
 
 
 def affine_qparams(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
@@ -74,10 +79,16 @@ def per_channel(value: Tensor, like: Tensor) -> Tensor:
     return value.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def token_qparams(x: Tensor, spec: QuantSpec) -> QParams:
-    """Symmetric QParams of each row (x: [..., K] -> [..., 1]) or image (x: [B, C, h, w] -> [B, 1, 1, 1])."""
-    dims = (1, 2, 3) if x.dim() == 4 else (-1,)
-    return symmetric_qparams(x.abs().amax(dim=dims, keepdim=True), spec)
+def token_qparams(x: Tensor, spec: QuantSpec, is_conv: bool | None = None) -> QParams:
+    """Symmetric QParams of each row (x: [..., K] -> [..., 1]) or image (x: [B, C, h, w] -> [B, 1, 1, 1]).
+
+    is_conv: whether x goes into a convolution; None = if it has four dimensions. A row with NaN or Inf gets a
+    scale that is, so that the layer's output shows it; looking would cost every call.
+    """
+    is_conv = x.dim() == 4 if is_conv is None else is_conv
+    dims = (1, 2, 3) if is_conv else (-1,)
+    scale = symmetric_scale(x.abs().amax(dim=dims, keepdim=True), spec)
+    return QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
 
 
 def weight_rows(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -94,6 +105,20 @@ def weight_rows(weight: Tensor, spec: QuantSpec) -> Tensor:
 def weight_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
     """Symmetric min-max QParams of a weight. [N, ...] -> [N, groups, 1]."""
     return symmetric_qparams(weight_rows(weight, spec).abs().amax(dim=-1, keepdim=True), spec)
+
+
+def weight_qparams_mse(weight: Tensor, spec: QuantSpec) -> QParams:
+    """Symmetric QParams of a weight whose round trip has the least squared error per row or group, among 24 clipped
+    ranges. [N, ...] -> [N, groups, 1]."""
+    rows = weight_rows(weight, spec)
+    full = weight_qparams(weight, spec)
+    best, least = full.scale, torch.full_like(full.scale, torch.inf)
+    for fraction in torch.linspace(1.0, 0.4, 24).tolist():
+        candidate = QParams(full.scale * fraction, full.zero_point)
+        error = (qdq(rows, candidate, spec) - rows).square_().sum(dim=-1, keepdim=True)
+        best = torch.where(error < least, candidate.scale, best)
+        least = torch.minimum(error, least)
+    return QParams(best.clamp_min(SMALLEST_SCALE), full.zero_point)
 
 
 def quantize_weight(weight: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,13 @@ import torch
 from ..errors import BackendError
 from ..specs import Geometry, LayerState
 from .contract import BACKENDS, Backend
+from .cpu import cpu_kind, fast_dtype
+from .cpu_onednn import CpuOneDNN
 from .reference import Reference
 
-__all__ = ["BACKENDS", "Backend", "choose_backend", "refusals"]
+__all__ = ["BACKENDS", "Backend", "choose_backend", "cpu_kind", "fast_dtype", "refusals"]
 
-for _backend in (Reference(),):
+for _backend in (Reference(), CpuOneDNN()):
     BACKENDS.add(_backend.name, _backend)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from .. import affine
 from ..specs import Geometry, LayerState
@@ -58,8 +59,8 @@ def dense_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, geometry: Ge
     """Gradient of `dense` with respect to its input of this `shape`."""
     if not geometry.is_conv:
         return grad @ weight
-    walk = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    return torch.nn.grad.conv2d_input(shape, weight, grad, *walk)
+    g = geometry
+    return conv2d_input(shape, weight, grad, g.stride, g.padding, g.dilation, g.groups)  # pyright: ignore
 
 
 def output_vector(value: Tensor, geometry: Geometry) -> Tensor:
@@ -74,16 +75,16 @@ def integer_output(x: Tensor, state: LayerState, geometry: Geometry) -> Tensor:
         x = x.float() * (
             state.pre_quant_scale.reshape(-1, 1, 1) if geometry.is_conv else state.pre_quant_scale
         )
-    qparams = input_qparams(x, state)
+    qparams = input_qparams(x, state, geometry)
     codes = affine.quantize(x, qparams, state.scheme.activation).float().sub_(qparams.zero_point)
     weight = affine.weight_codes(state, torch.Size(geometry.shape)).float()
     accumulators = dense(codes, weight, None, geometry)
     return accumulators.mul_(qparams.scale).mul_(output_vector(state.weight_scale, geometry))
 
 
-def input_qparams(x: Tensor, state: LayerState) -> affine.QParams:
+def input_qparams(x: Tensor, state: LayerState, geometry: Geometry) -> affine.QParams:
     """The calibrated QParams of a static scheme (scalars), or those of each row or image of x."""
     assert state.scheme.activation is not None
     if state.input_scale is None or state.input_zero_point is None:
-        return affine.token_qparams(x, state.scheme.activation)
+        return affine.token_qparams(x, state.scheme.activation, geometry.is_conv)
     return affine.QParams(state.input_scale, state.input_zero_point)

@@ -1,0 +1,161 @@
+"""Integer Linear and Conv2d on CPU through torch's oneDNN operators.
+
+Activations are u8 (signed codes + 128): with s8 ones oneDNN falls back to its slow reference code. Zero points cost
+nothing there and padding is exact with any of them. Only the packed weight lives on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..specs import Geometry, LayerState
+from .codes import InputStep, input_step
+from .contract import Backend
+from .cpu import has_vnni
+from .reference import dense
+
+_OPERATORS = ("qlinear_pointwise", "qlinear_prepack", "qconv2d_pointwise", "qconv_prepack")
+_OUTPUTS = (torch.float32, torch.bfloat16)  # fp16 works for linears only
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class IntegerLayer:
+    """A layer in oneDNN's form. weight: its packed (opaque) tensor; zero_point: in the u8 domain."""
+
+    geometry: Geometry
+    step: InputStep
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+    bias: Tensor | None
+    scale: float
+    zero_point: int
+    is_dynamic: bool
+    as_linear: bool  # a 1x1 convolution is a Linear over pixels
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CodesLayer:
+    """A weight-only layer: plain int8 codes (a convolution's in channels_last), made float anew in every call."""
+
+    geometry: Geometry
+    step: InputStep
+    codes: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    pre_quant_scale: Tensor | None
+
+
+class CpuOneDNN(Backend):
+    """w8a8 and w8a8-dyn with integer kernels; w8a16 by making the weight float for the duration of a call."""
+
+    name = "cpu_onednn"
+    priority = 10
+
+    def refusal(self, state: LayerState, geometry: Geometry, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on CPU, not on {device.type}"
+        if state.scheme.weight is None or state.scheme.weight.bits != 8:
+            return f"{state.scheme.name} is not 8 bit; its 4-bit kernels are not there yet, the reference backend runs it"
+        if not state.scheme.is_integer:
+            return None
+        missing = [name for name in _OPERATORS if not hasattr(torch.ops.onednn, name)]
+        if missing or not torch.backends.mkldnn.is_available():
+            return f"this build of torch lacks torch.ops.onednn.{missing[0] if missing else '*'}"
+        if not has_vnni():
+            return "this CPU has no VNNI: u8 x s8 products would saturate in int16"
+        return None
+
+    def pack(self, state: LayerState, geometry: Geometry) -> IntegerLayer | CodesLayer:
+        bias = None if state.bias is None else state.bias.float().contiguous()
+        scale, step = state.weight_scale.contiguous(), input_step(state, geometry)
+        if not state.scheme.is_integer:
+            codes = state.weight
+            codes = (
+                codes.contiguous(memory_format=torch.channels_last)
+                if geometry.is_conv
+                else codes.contiguous()
+            )
+            return CodesLayer(geometry, step, codes, scale, bias, state.pre_quant_scale)
+        as_linear = geometry.is_conv and _is_pointwise(geometry)
+        zero_point = 0 if state.input_zero_point is None else int(state.input_zero_point)
+        return IntegerLayer(
+            geometry=geometry,
+            step=step,
+            weight=_packed_weight(state.weight, geometry, as_linear),
+            weight_scale=scale,
+            weight_zero=torch.zeros_like(scale, dtype=torch.int32),
+            bias=bias,
+            scale=1.0 if state.input_scale is None else float(state.input_scale),
+            zero_point=zero_point + 128,
+            is_dynamic=state.scheme.is_dynamic,
+            as_linear=as_linear,
+        )
+
+    def unpack(self, packed: IntegerLayer | CodesLayer) -> Tensor:
+        if isinstance(packed, CodesLayer):
+            return packed.codes.contiguous()
+        dense_codes = packed.weight.to_dense()
+        if packed.as_linear or not packed.geometry.is_conv:
+            dense_codes = dense_codes.t()  # qlinear_prepack holds [K, N]
+        return dense_codes.reshape(packed.geometry.shape).contiguous()
+
+    def run(self, x: Tensor, packed: IntegerLayer | CodesLayer) -> Tensor:
+        if isinstance(packed, CodesLayer):
+            return _weight_only(x, packed)
+        _check_input(x, packed.geometry)
+        dtype = x.dtype if x.dtype in _OUTPUTS else torch.float32
+        if packed.is_dynamic:
+            codes, scale = packed.step.dynamic(x)
+            out = packed.step.scaled(_multiply(codes, packed, torch.float32, None), scale, packed.bias, dtype)
+        else:
+            out = _multiply(packed.step.static(x), packed, dtype, packed.bias)
+        return out if dtype == x.dtype else out.to(x.dtype)
+
+
+def _multiply(codes: Tensor, layer: IntegerLayer, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """u8 codes through the integer kernel, scales applied. codes: [..., K] or channels_last [B, C, h, w]."""
+    weight = (layer.weight, layer.weight_scale, layer.weight_zero, bias)
+    tail = (1.0, 0, dtype, "none", [], "")
+    if layer.as_linear:
+        pixels = torch.ops.onednn.qlinear_pointwise(
+            codes.permute(0, 2, 3, 1), layer.scale, layer.zero_point, *weight, *tail
+        )
+        return pixels.permute(0, 3, 1, 2)
+    if not layer.geometry.is_conv:
+        return torch.ops.onednn.qlinear_pointwise(codes, layer.scale, layer.zero_point, *weight, *tail)
+    g = layer.geometry
+    walk = (g.stride, g.padding, g.dilation, g.groups)
+    return torch.ops.onednn.qconv2d_pointwise(codes, layer.scale, layer.zero_point, *weight, *walk, *tail)
+
+
+def _packed_weight(weight: Tensor, geometry: Geometry, as_linear: bool) -> Tensor:
+    if as_linear or not geometry.is_conv:
+        # prepacking ignores strides
+        return torch.ops.onednn.qlinear_prepack(weight.reshape(geometry.shape[0], -1).contiguous(), None)
+    walk = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    ones = torch.ones(geometry.shape[0])
+    return torch.ops.onednn.qconv_prepack(weight.contiguous(), ones, 1.0, 128, *walk, None)
+
+
+def _weight_only(x: Tensor, layer: CodesLayer) -> Tensor:
+    if layer.pre_quant_scale is not None:
+        scale = layer.pre_quant_scale.to(x.dtype)
+        x = x * (scale.reshape(-1, 1, 1) if layer.geometry.is_conv else scale)
+    weight = layer.step.weight(layer.codes, layer.weight_scale, x.dtype)
+    return dense(x, weight, None if layer.bias is None else layer.bias.to(x.dtype), layer.geometry)
+
+
+def _is_pointwise(geometry: Geometry) -> bool:
+    plain = geometry.stride == (1, 1) and geometry.padding == (0, 0) and geometry.groups == 1
+    return plain and geometry.shape[2:] == (1, 1)
+
+
+def _check_input(x: Tensor, geometry: Geometry) -> None:
+    """The compiled step reads raw memory: nothing but the right shape may reach it."""
+    if geometry.is_conv and x.dim() != 4:
+        raise RuntimeError(f"a quantized convolution expects [B, C, h, w]; found shape {list(x.shape)}")
+    channels = x.shape[1 if geometry.is_conv else -1]
+    if channels != geometry.in_channels:
+        raise RuntimeError(f"expected {geometry.in_channels} input channels; found shape {list(x.shape)}")
