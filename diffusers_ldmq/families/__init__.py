@@ -10,7 +10,7 @@ from ..artifacts import Block, LayerInfo, LayerTable
 from ..errors import RecordingError
 from ..registry import Registry
 from . import transformer, unet
-from .base import Family
+from .contract import Family
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 
@@ -73,11 +73,12 @@ def layer_table(denoiser: nn.Module, macs: dict[str, int] | None = None) -> Laye
 
 def fingerprint(layers: dict[str, nn.Linear | nn.Conv2d]) -> str:
     """Hash of all layer names and weight shapes."""
-    text = "\n".join(f"{name} {_float_shape(layer)}" for name, layer in sorted(layers.items()))
+    text = "\n".join(f"{name} {float_shape(layer)}" for name, layer in sorted(layers.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _float_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+def float_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    """Shape of the layer's float weight, also where it now holds packed codes."""
     if isinstance(layer, nn.Linear):
         return (layer.out_features, layer.in_features)
     return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
@@ -86,7 +87,7 @@ def _float_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
 def _info(name: str, layer: nn.Linear | nn.Conv2d, family: Family, macs: int) -> LayerInfo:
     kind = "Conv2d" if isinstance(layer, nn.Conv2d) else "Linear"
     keep = re.search(family.keep_float, name) is not None
-    return LayerInfo(name, kind, _float_shape(layer), layer.bias is not None, macs, keep)
+    return LayerInfo(name, kind, float_shape(layer), layer.bias is not None, macs, keep)
 
 
 def _blocks(denoiser: nn.Module, family: Family, names: dict[str, Any]) -> tuple[Block, ...]:

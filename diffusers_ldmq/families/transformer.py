@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from .base import Family
+from .contract import Family
 
 _LISTED = re.compile(r"(?P<list>\w+)\.(?P<i>\d+)\.")
 _OUTPUT = re.compile(r"^(norm_out|proj_out|final_layer)")

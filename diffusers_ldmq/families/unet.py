@@ -4,7 +4,7 @@ import re
 
 from torch import nn
 
-from .base import Family
+from .contract import Family
 
 _PLACE = re.compile(r"(?P<stage>down_blocks|up_blocks|mid_block)(?:\.(?P<i>\d+))?\.(?P<kind>\w+)\.(?P<j>\d+)")
 _STAGES = {"down_blocks": (2, "encoder"), "mid_block": (3, "middle"), "up_blocks": (4, "decoder")}
