@@ -4,12 +4,12 @@
 import math
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .errors import LDMQError
+from .errors import BackendError, LDMQError
 
 Granularity = Literal["tensor", "channel", "group", "token"]
 
@@ -119,6 +119,36 @@ class Geometry:
     def in_channels(self) -> int:
         """C_in: length of the input's channel axis."""
         return self.shape[1] * self.groups
+
+
+def geometry_of(layer: nn.Module) -> Geometry:
+    """Geometry of an nn.Linear or nn.Conv2d.
+
+    Raises BackendError for other classes, padding that is not zeros, and padding that differs between two sides.
+    """
+    if isinstance(layer, nn.Linear):
+        return Geometry((layer.out_features, layer.in_features))
+    if not isinstance(layer, nn.Conv2d):
+        raise BackendError(f"only nn.Linear and nn.Conv2d can be quantized; found {type(layer).__name__}")
+    if layer.padding_mode != "zeros":
+        raise BackendError(
+            f"a convolution with padding_mode {layer.padding_mode!r} cannot be quantized; leave it float"
+        )
+    kh, kw = _pair(layer.kernel_size)
+    dilation, padding = _pair(layer.dilation), layer.padding
+    if padding == "same":
+        reach = (dilation[0] * (kh - 1), dilation[1] * (kw - 1))
+        if reach[0] % 2 or reach[1] % 2:
+            raise BackendError("a convolution whose 'same' padding differs between sides cannot be quantized")
+        padding = (reach[0] // 2, reach[1] // 2)
+    padding = (0, 0) if isinstance(padding, str) else _pair(padding)
+    shape = (layer.out_channels, layer.in_channels // layer.groups, kh, kw)
+    return Geometry(shape, _pair(layer.stride), padding, dilation, layer.groups)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    first, second = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(first), int(second)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

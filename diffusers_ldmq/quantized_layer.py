@@ -1,0 +1,309 @@
+"""What QuantLinear and QuantConv2d share: nn.Linear and nn.Conv2d that hold integers once a LayerState is loaded.
+
+Real subclasses with the parents' constructors, because LoRA, offloading and layerwise casting pick layers by class and
+peft builds new ones with `type(layer)(...)`. Before the first forward a layer holds plain codes; then a backend packs
+them into its own form, the codes are released and `weight` becomes a stand-in of the right shape, dtype and device
+that takes no memory. Whoever saves, copies or moves the layer gets the codes back from the packed form.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import affine
+from .backends import Backend, choose_backend
+from .backends.reference import dense_gradient
+from .errors import BackendError, LDMQError
+from .specs import Geometry, LayerState, Scheme, check_state, geometry_of, parse_scheme, tensor_specs
+
+# bias before weight: pipelines read the dtype of a module's first parameter and must not find integers
+PARAMETERS = ("bias", "weight")
+# buffers, because model.dtype and offloading look at parameters
+BUFFERS = ("weight_scale", "input_scale", "input_zero_point", "pre_quant_scale")
+# A stand-in is filled with what real codes are not: int8 codes stop at -127, and no weight has -8 as its every 4-bit
+# code. So a stand-in is still known as one after somebody copied it to another device.
+STAND_IN = {torch.int8: -128, torch.uint8: 0}
+
+_packing = threading.RLock()
+L = TypeVar("L", bound="QuantizedLayer")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pack:
+    """A layer in a backend's form, and what it was made of: any change to those makes it stale."""
+
+    backend: Backend
+    data: Any
+    device: torch.device
+    stand_in: Tensor  # kept alive, so that its address is nobody else's
+    pointer: int
+    made_of: tuple[tuple[str, Tensor | None, int | None], ...]  # name, tensor, version
+
+
+class QuantizedLayer(nn.Module):
+    """What QuantLinear and QuantConv2d share. A plain float layer until a state is loaded."""
+
+    _scheme: Scheme | None = None
+    _pack: _Pack | None = None
+    _requested_backend: str | None = None
+
+    @classmethod
+    def from_float(cls: type[L], layer: nn.Module, state: LayerState) -> L:
+        """A quantized layer in place of `layer`: same device, training flag, hooks and attributes, weights from
+        `state`. `layer` itself is not changed. Raises LDMQError if the two do not fit each other."""
+        if not issubclass(cls, parent := _parent(layer)):
+            raise LDMQError(f"{cls.__name__} cannot replace {type(layer).__name__}")
+        if "forward" in vars(layer):
+            raise LDMQError(
+                f"a {parent.__name__} layer's forward is replaced (by an accelerate hook?); remove the hooks "
+                "(pipe.remove_all_hooks()) before quantizing"
+            )
+        new = cls.__new__(cls)
+        new.__dict__.update(
+            layer.__dict__, _parameters=dict(layer._parameters), _buffers=dict(layer._buffers)
+        )
+        new.load_state(state)
+        return new
+
+    @property
+    def scheme(self) -> Scheme:
+        return self._scheme or parse_scheme("float")
+
+    @property
+    def geometry(self) -> Geometry:
+        """Raises BackendError if the layer walks its input in a way that integer kernels do not know."""
+        return geometry_of(self)
+
+    @property
+    def backend_name(self) -> str | None:
+        """Name of the backend that runs this layer (or will, on the device it is on); None while it is float."""
+        if self._scheme is None:
+            return None
+        pack = self._pack
+        return pack.backend.name if pack is not None else self._choose_backend().name
+
+    def use_backend(self, name: str | None) -> None:
+        """Run on the backend called `name`; None = the best one. Raises BackendError if it refuses."""
+        self._restore()
+        self._requested_backend = name
+        if self._scheme is not None:
+            self._choose_backend()
+
+    def prepare(self, scheme: Scheme, names: set[str] | frozenset[str]) -> None:
+        """Give the layer empty tensors for a checkpoint's values, on the device it is on (also meta).
+
+        names: those of the file, as in LayerState. Values are filled in by assignment or load_state_dict.
+        Raises LDMQError if the scheme needs a tensor that is not named, or the name of one it cannot have.
+        """
+        specs = tensor_specs(scheme, self.geometry)
+        required = {name for name, spec in specs.items() if spec.required}
+        if not required <= names <= set(specs):
+            raise LDMQError(
+                f"a {scheme.name} layer has tensors {', '.join(specs)} (always {', '.join(sorted(required))}); "
+                f"found {', '.join(sorted(names)) or 'none'}"
+            )
+        weight = self._parameters["weight"]
+        assert weight is not None
+        floating = weight.dtype if weight.is_floating_point() else torch.float32
+        made = {
+            name: torch.empty(spec.shape, dtype=spec.dtype or floating, device=weight.device)
+            for name, spec in specs.items()
+            if name in names
+        }
+        self._adopt(LayerState(scheme, **made))
+
+    def load_state(self, state: LayerState) -> None:
+        """Take over a state; its tensors move to the device of this layer (stay where they are if that is meta).
+
+        Raises LDMQError if a tensor is missing or its shape or dtype is not what the scheme asks for.
+        """
+        check_state(state, self.geometry)
+        device = next(p.device for p in self._parameters.values() if p is not None)
+        self._adopt(state if device.type == "meta" else state.to(device))
+
+    def state(self) -> LayerState:
+        """What the layer holds, as plain codes. Raises LDMQError if it is a float layer."""
+        return replace(self._unrestored_state(), weight=self._codes())
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The float layer that this one stands for. dtype: that of the weight; None = the bias' (fp32 without)."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Output in the input's dtype. input: float [..., K] or [B, C, h, w]. Gradients reach the input straight
+        through the rounding; the integers themselves get none."""
+        if self._scheme is None:
+            return super().forward(input)
+        if input.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, _StraightThrough.apply(input, self))
+        return self._run(input)
+
+    def extra_repr(self) -> str:
+        shown = super().extra_repr()
+        return (
+            shown
+            if self._scheme is None
+            else f"{shown}, scheme={self._scheme.name}, backend={self.backend_name}"
+        )
+
+    def _run(self, x: Tensor) -> Tensor:
+        pack = self._pack
+        if pack is None or pack.device != x.device or not self._is_current(pack):
+            pack = self._packed_for(x)
+        return pack.backend.run(x, pack.data)
+
+    def _is_current(self, pack: _Pack) -> bool:
+        """False if any tensor was assigned, changed in place or moved since packing, by whatever route: loaders and
+        offloading write into `_parameters` and `.data`, so watching __setattr__ would not do."""
+        parameters, buffers = self._parameters, self._buffers
+        for name, tensor, version in pack.made_of:
+            now = parameters[name] if name in parameters else buffers.get(name)
+            if now is not tensor or (version is not None and now._version != version):  # pyright: ignore
+                return False
+        return parameters["weight"].data_ptr() == pack.pointer  # pyright: ignore
+
+    def _packed_for(self, x: Tensor) -> _Pack:
+        with _packing:
+            self._restore()
+            weight = self._parameters["weight"]
+            assert weight is not None
+            if weight.device != x.device:
+                raise BackendError(f"a quantized layer on {weight.device} was given an input on {x.device}")
+            state, backend = self._unrestored_state(), self._choose_backend()
+            data = backend.pack(state, self.geometry)
+            stand_in = torch.full((1,), STAND_IN[weight.dtype], dtype=weight.dtype, device=weight.device)
+            weight.data = stand_in.expand(weight.shape)
+            tensors = {
+                name: self._parameters.get(name, self._buffers.get(name)) for name in PARAMETERS + BUFFERS
+            }
+            made_of = tuple((name, tensor, _version(tensor)) for name, tensor in tensors.items())
+            self._pack = _Pack(backend, data, x.device, stand_in, weight.data_ptr(), made_of)
+            return self._pack
+
+    def _choose_backend(self) -> Backend:
+        state = self._unrestored_state()
+        return choose_backend(state, self.geometry, state.weight.device, self._requested_backend)
+
+    def _adopt(self, state: LayerState) -> None:
+        self._pack = None
+        self._scheme = state.scheme
+        for name in PARAMETERS:
+            self._parameters.pop(name, None)
+            value = getattr(state, name)
+            self.register_parameter(
+                name, None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+            )
+        for name in BUFFERS:
+            self._buffers.pop(name, None)
+            if (value := getattr(state, name)) is not None:
+                self.register_buffer(name, value.detach())
+
+    def _unrestored_state(self) -> LayerState:
+        """The state, whose weight may be the stand-in."""
+        if self._scheme is None:
+            raise LDMQError("this layer is not quantized; it has no LayerState")
+        tensors = {name: self._parameters.get(name, self._buffers.get(name)) for name in PARAMETERS + BUFFERS}
+        return LayerState(self._scheme, **{n: t.detach() for n, t in tensors.items() if t is not None})
+
+    def _codes(self) -> Tensor:
+        """The weight codes on the weight's device, wherever they are now."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        pack = self._pack
+        if pack is None or weight.is_meta or not (weight.data_ptr() == pack.pointer or _is_stand_in(weight)):
+            return weight.detach()
+        return pack.backend.unpack(pack.data).to(weight.device)
+
+    def _restore(self) -> None:
+        """Back to plain codes; nothing to do where they were never packed."""
+        with _packing:
+            if self._pack is not None:
+                weight = self._parameters["weight"]
+                assert weight is not None
+                weight.data = self._codes()
+                self._pack = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._pack is not None:
+            destination[prefix + "weight"] = self._codes()
+
+    def _load_from_state_dict(  # noqa: PLR0913 (nn.Module's signature)
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._restore()
+        weight, given = self._parameters["weight"], state_dict.get(prefix + "weight")
+        if (
+            self._scheme is not None
+            and weight is not None
+            and given is not None
+            and given.dtype != weight.dtype
+        ):
+            # copy_ would cast and truncate without a word
+            error_msgs.append(
+                f"{prefix}weight: {weight.dtype} codes expected, found {given.dtype}; quantize it first"
+            )
+            return
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As nn.Module, but integers and scales only move; they keep their dtype."""
+        if self._scheme is None:
+            return super()._apply(fn, recurse)
+        self._restore()
+        before = self._unrestored_state().tensors()
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            now = getattr(self, name)
+            if name != "bias" and now.dtype != tensor.dtype:
+                moved = tensor.to(now.device)
+                setattr(self, name, nn.Parameter(moved, requires_grad=False) if name == "weight" else moved)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle: a packed tensor survives neither, the codes do."""
+        state = dict(vars(self))
+        if self._pack is not None:
+            weight = nn.Parameter(self._codes(), requires_grad=False)
+            state.update(_pack=None, _parameters={**self._parameters, "weight": weight})
+        return state
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward as the integers have it; backward as the dequantized float layer, rounding taken as the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLayer) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer._run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        layer, (grad,) = ctx.layer, grads
+        weight = affine.dequantize_weight(layer.state(), torch.Size(layer.geometry.shape)).to(grad.dtype)
+        return dense_gradient(grad, weight, ctx.shape, layer.geometry), None
+
+
+def _parent(layer: nn.Module) -> type[nn.Module]:
+    return nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often a tensor was written to; unknown for those made in inference mode."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _is_stand_in(weight: Tensor) -> bool:
+    return weight.numel() > 0 and bool((weight == STAND_IN[weight.dtype]).all())
