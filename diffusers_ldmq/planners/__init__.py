@@ -1,0 +1,25 @@
+"""Who decides the scheme of every layer: one file, one rule. (LayerTable, Profile or None, Request) -> Plan."""
+
+from ..registry import Registry
+from .contract import Planner, Request, Target, fp32_bytes, integer_share, layer_bytes, parse_target, plan_bytes
+from .hybrid import higher_precision, hybrid
+from .uniform import uniform
+
+PLANNERS: Registry[Planner] = Registry("planner")
+PLANNERS.add("hybrid", hybrid)
+PLANNERS.add("uniform", uniform)
+
+__all__ = [
+    "PLANNERS",
+    "Planner",
+    "Request",
+    "Target",
+    "fp32_bytes",
+    "higher_precision",
+    "hybrid",
+    "integer_share",
+    "layer_bytes",
+    "parse_target",
+    "plan_bytes",
+    "uniform",
+]

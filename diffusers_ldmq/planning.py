@@ -1,0 +1,82 @@
+"""Stage 3: from a profile and a target to the scheme of every layer, and one block higher when that was not enough."""
+
+from dataclasses import replace
+
+from .artifacts import LayerChoice, LayerTable, Plan, Profile
+from .errors import PlanError
+from .planners import PLANNERS, Request, Target, higher_precision, parse_target, plan_bytes
+from .specs import parse_scheme
+
+
+def make_plan(
+    profile: Profile | LayerTable,
+    target: str | Target | None = None,
+    *,
+    planner: str = "hybrid",
+    scheme: str = "w8a8",
+    keep_float: str | tuple[str, ...] = "default",
+) -> Plan:
+    """The plan of a named planner. profile: a LayerTable is enough for 'uniform'.
+
+    keep_float: 'default' (the family's; none for 'uniform'), 'none', or names of layers or blocks.
+    Raises PlanError if the target cannot be read or met, or a name is unknown.
+    """
+    table = profile if isinstance(profile, LayerTable) else profile.table
+    parsed = parse_scheme(scheme)
+    if parsed.is_float:
+        raise PlanError("the low-precision scheme is 'float': nothing would be quantized; choose one such as w8a8")
+    wanted = parse_target(target) if isinstance(target, str) else target
+    request = Request(parsed.name, kept_layers(table, keep_float), wanted)
+    return PLANNERS[planner](table, None if isinstance(profile, LayerTable) else profile, request)
+
+
+def kept_layers(table: LayerTable, keep_float: str | tuple[str, ...]) -> frozenset[str] | None:
+    """Layer names of a keep-float choice; None = the planner's own default.
+
+    Raises PlanError for a name that is neither a layer nor the beginning of a layer's dotted name.
+    """
+    if keep_float == "default":
+        return None
+    if keep_float == "none":
+        return frozenset()
+    names = keep_float.split(",") if isinstance(keep_float, str) else keep_float
+    found: set[str] = set()
+    for name in (n.strip() for n in names):
+        matching = {i.name for i in table.layers if i.name == name or i.name.startswith(f"{name}.")}
+        if not matching:
+            raise PlanError(f"keep-float names {name!r}, but {table.denoiser} has no such layer or block")
+        found |= matching
+    return frozenset(found)
+
+
+def raise_plan(plan: Plan, profile: Profile) -> Plan | None:
+    """The plan with one more block, counted from the output, in higher precision; None if nothing is left to raise.
+
+    When every block is raised, weight-only layers become float, again block by block.
+    """
+    for block in reversed(profile.table.blocks):
+        low = [n for n in block.layers if parse_scheme(plan.layers[n].scheme).is_integer]
+        if low:
+            return _with(plan, {n: _raised(profile, n) for n in low}, block.name)
+    for block in reversed(profile.table.blocks):
+        coarse = [n for n in block.layers if plan.layers[n].scheme != "float"]
+        if coarse:
+            return _with(plan, {n: LayerChoice("float", "raised to meet the target") for n in coarse}, block.name)
+    return None
+
+
+def _raised(profile: Profile, name: str) -> LayerChoice:
+    choice = higher_precision(profile, name, "w8a8")
+    return LayerChoice(choice.scheme, f"raised to meet the target; {choice.reason}")
+
+
+def _with(plan: Plan, choices: dict[str, LayerChoice], block: str) -> Plan:
+    raised = [*plan.reasons.get("raised_after_measuring", []), block]
+    reasons = {**plan.reasons, "raised_after_measuring": raised}
+    return replace(plan, layers={**plan.layers, **choices}, reasons=reasons, predicted_sqnr_db=None)
+
+
+def meets_size(plan: Plan, table: LayerTable, target: Target) -> bool:
+    """True if the plan's stored bytes are within a size target (or the target is none)."""
+    limit = target.byte_limit(table)
+    return limit is None or plan_bytes(table, plan.quantized()) <= limit
