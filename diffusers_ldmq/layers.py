@@ -1,4 +1,4 @@
-"""QuantLinear and QuantConv2d, and how models get and list them. What the two share is in quantized_layer.py."""
+"""QuantLinear and QuantConv2d, and how models get and list them."""
 
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ __all__ = ["QuantConv2d", "QuantLinear", "QuantizedLayer", "quantize_layer", "qu
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
-    """nn.Linear that runs integer kernels once it holds a LayerState. x: [..., K] -> [..., N] in x.dtype."""
+    """nn.Linear that runs integer kernels once it holds a LayerState. x: [..., K], any float dtype."""
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -21,7 +21,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
-    """nn.Conv2d that runs integer kernels once it holds a LayerState. x: [B, C, h, w] -> [B, N, h', w'] in x.dtype."""
+    """nn.Conv2d that runs integer kernels once it holds a LayerState. x: [B, C, h, w], any float dtype."""
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
         walk = (self.stride, self.padding, self.dilation, self.groups)
@@ -31,7 +31,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
 
 def quantize_layer(layer: nn.Module, state: LayerState) -> QuantizedLayer:
-    """The QuantLinear or QuantConv2d that replaces `layer`. Raises LDMQError as `QuantizedLayer.from_float`."""
+    """The QuantLinear or QuantConv2d that replaces `layer`. Raises as `from_float`."""
     kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
     return kind.from_float(layer, state)
 

@@ -1,9 +1,10 @@
-"""What QuantLinear and QuantConv2d share: nn.Linear and nn.Conv2d that hold integers once a LayerState is loaded.
+"""What QuantLinear and QuantConv2d share: nn.Linear and nn.Conv2d that hold integers once they have a state.
 
-Real subclasses with the parents' constructors, because LoRA, offloading and layerwise casting pick layers by class and
-peft builds new ones with `type(layer)(...)`. Before the first forward a layer holds plain codes; then a backend packs
-them into its own form, the codes are released and `weight` becomes a stand-in of the right shape, dtype and device
-that takes no memory. Whoever saves, copies or moves the layer gets the codes back from the packed form.
+Real subclasses with the parents' constructors, because LoRA, offloading and layerwise casting pick layers by
+class and peft builds new ones with `type(layer)(...)`. Before the first forward a layer holds plain codes;
+then a backend packs them into its own form, the codes are released and `weight` becomes a stand-in of the
+right shape, dtype and device that takes no memory. Whoever saves, copies or moves the layer gets the codes
+back from the packed form.
 """
 
 import threading
@@ -24,8 +25,8 @@ from .specs import Geometry, LayerState, Scheme, check_state, geometry_of, parse
 PARAMETERS = ("bias", "weight")
 # buffers, because model.dtype and offloading look at parameters
 BUFFERS = ("weight_scale", "input_scale", "input_zero_point", "pre_quant_scale")
-# A stand-in is filled with what real codes are not: int8 codes stop at -127, and no weight has -8 as its every 4-bit
-# code. So a stand-in is still known as one after somebody copied it to another device.
+# A stand-in is filled with what real codes are not: int8 codes stop at -127, and no weight has -8 as its
+# every 4-bit code. So a stand-in is still known as one after somebody copied it to another device.
 STAND_IN = {torch.int8: -128, torch.uint8: 0}
 
 _packing = threading.RLock()
@@ -53,8 +54,8 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def from_float(cls: type[L], layer: nn.Module, state: LayerState) -> L:
-        """A quantized layer in place of `layer`: same device, training flag, hooks and attributes, weights from
-        `state`. `layer` itself is not changed. Raises LDMQError if the two do not fit each other."""
+        """A quantized layer in place of `layer`: same device, training flag, hooks and attributes, weights
+        from `state`. `layer` itself is not changed. Raises LDMQError if the two do not fit each other."""
         if not issubclass(cls, parent := _parent(layer)):
             raise LDMQError(f"{cls.__name__} cannot replace {type(layer).__name__}")
         if "forward" in vars(layer):
@@ -80,7 +81,7 @@ class QuantizedLayer(nn.Module):
 
     @property
     def backend_name(self) -> str | None:
-        """Name of the backend that runs this layer (or will, on the device it is on); None while it is float."""
+        """Name of the backend that runs this layer (or will); None while it is float."""
         if self._scheme is None:
             return None
         pack = self._pack
@@ -103,8 +104,8 @@ class QuantizedLayer(nn.Module):
         required = {name for name, spec in specs.items() if spec.required}
         if not required <= names <= set(specs):
             raise LDMQError(
-                f"a {scheme.name} layer has tensors {', '.join(specs)} (always {', '.join(sorted(required))}); "
-                f"found {', '.join(sorted(names)) or 'none'}"
+                f"a {scheme.name} layer has tensors {', '.join(specs)} (always "
+                f"{', '.join(sorted(required))}); found {', '.join(sorted(names)) or 'none'}"
             )
         weight = self._parameters["weight"]
         assert weight is not None
@@ -117,7 +118,7 @@ class QuantizedLayer(nn.Module):
         self._adopt(LayerState(scheme, **made))
 
     def load_state(self, state: LayerState) -> None:
-        """Take over a state; its tensors move to the device of this layer (stay where they are if that is meta).
+        """Take over a state; its tensors move to this layer's device unless that is meta.
 
         Raises LDMQError if a tensor is missing or its shape or dtype is not what the scheme asks for.
         """
@@ -130,12 +131,12 @@ class QuantizedLayer(nn.Module):
         return replace(self._unrestored_state(), weight=self._codes())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The float layer that this one stands for. dtype: that of the weight; None = the bias' (fp32 without)."""
+        """The float layer that this one stands for. dtype: the weight's; None = the bias' or fp32."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Output in the input's dtype. input: float [..., K] or [B, C, h, w]. Gradients reach the input straight
-        through the rounding; the integers themselves get none."""
+        """Output in the input's dtype. input: float [..., K] or [B, C, h, w]. Gradients reach the input
+        straight through the rounding; the integers themselves get none."""
         if self._scheme is None:
             return super().forward(input)
         if input.requires_grad and torch.is_grad_enabled():
@@ -157,8 +158,8 @@ class QuantizedLayer(nn.Module):
         return pack.backend.run(x, pack.data)
 
     def _is_current(self, pack: _Pack) -> bool:
-        """False if any tensor was assigned, changed in place or moved since packing, by whatever route: loaders and
-        offloading write into `_parameters` and `.data`, so watching __setattr__ would not do."""
+        """False if any tensor was assigned, changed in place or moved since packing, by whatever route:
+        loaders and offloading write into `_parameters` and `.data`, so watching __setattr__ would not do."""
         parameters, buffers = self._parameters, self._buffers
         for name, tensor, version in pack.made_of:
             now = parameters[name] if name in parameters else buffers.get(name)
@@ -267,7 +268,8 @@ class QuantizedLayer(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             now = getattr(self, name)
-            if name != "bias" and now.dtype != tensor.dtype:
+            # files want contiguous codes, and .to(memory_format=channels_last) would reorder them
+            if name != "bias" and (now.dtype != tensor.dtype or not now.is_contiguous()):
                 moved = tensor.to(now.device)
                 setattr(self, name, nn.Parameter(moved, requires_grad=False) if name == "weight" else moved)
         return self
@@ -282,7 +284,8 @@ class QuantizedLayer(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward as the integers have it; backward as the dequantized float layer, rounding taken as the identity."""
+    """Forward as the integers have it; backward as the dequantized float layer, rounding taken as the
+    identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLayer) -> Tensor:

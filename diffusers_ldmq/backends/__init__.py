@@ -26,7 +26,7 @@ def choose_backend(
 ) -> Backend:
     """The best backend that can run this layer on `device`, or the one called `name`.
 
-    Raises BackendError with the reasons if the named one, or every one, refuses; LDMQError if `name` is unknown.
+    Raises BackendError with the reasons if the named one, or all, refuse; LDMQError if `name` is unknown.
     """
     reasons = (
         refusals(state, geometry, device)

@@ -1,8 +1,8 @@
-"""The elementwise passes around integer kernels on CPU: input -> u8 codes, accumulators -> output, codes -> weight.
+"""Passes around integer kernels on CPU: input -> u8 codes, accumulators -> output, codes -> weight.
 
-Each exists twice, compiled (native.py) and in torch operators, and both give the same numbers. u8 codes are the signed
-codes plus 128. A NaN in the input becomes some valid code in a static scheme; in a dynamic one its row or image gets
-the scale NaN, and with it the output.
+Each exists twice, compiled (native.py) and in torch operators, and both give the same numbers. u8 codes are
+the signed codes plus 128. A NaN in the input becomes some valid code in a static scheme; in a dynamic one its
+row or image gets the scale NaN, and with it the output.
 """
 
 import ctypes
@@ -15,15 +15,15 @@ from .. import affine
 from ..specs import Geometry, LayerState
 from .native import Quantizer, native_status
 
-# Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even (the number is even), and the
-# sum's low byte is the integer. One pass instead of round, add, convert.
+# Adding 1.5 * 2^23 leaves no fraction bits, so the addition itself rounds half to even (the number is even),
+# and the sum's low byte is the integer. One pass instead of round, add, convert.
 ROUNDER = 1.5 * 2**23
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 PARTS = 16  # an image's maximum is found in so many pieces
 
 
 class InputStep(Protocol):
-    """Turns one layer's input into u8 codes; a convolution's come out channels_last whatever the input's strides."""
+    """Turns one layer's input into u8 codes; a convolution's come out channels_last."""
 
     def static(self, x: Tensor) -> Tensor:
         """Codes with the calibrated scale. x: float [..., K] or [B, C, h, w] -> u8 of that shape."""
@@ -34,11 +34,11 @@ class InputStep(Protocol):
         ...
 
     def scaled(self, accumulators: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """accumulators * scale + bias as `dtype`. accumulators: fp32, contiguous or channels_last; overwritten."""
+        """accumulators * scale + bias as `dtype`. accumulators: fp32, dense; overwritten."""
         ...
 
     def weight(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Float weight of int8 codes [N, ...] (dense strides, N outermost) and fp32 scale [N]; strides are kept."""
+        """Float weight of int8 codes [N, ...] (dense, N outermost; strides are kept) and fp32 scale [N]."""
         ...
 
 

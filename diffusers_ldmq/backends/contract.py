@@ -29,7 +29,7 @@ class Backend(ABC):
 
     @abstractmethod
     def unpack(self, packed: Any) -> Tensor:
-        """The weight codes of a packed layer, equal to the `LayerState.weight` it was made of, bit for bit."""
+        """The weight codes of a packed layer, equal to the `LayerState.weight` it was made of."""
 
     @abstractmethod
     def run(self, x: Tensor, packed: Any) -> Tensor:

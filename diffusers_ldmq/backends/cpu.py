@@ -14,7 +14,7 @@ _PROBES = {
 
 @lru_cache
 def cpu_has(feature: str) -> bool:
-    """True if the CPU has 'amx_tile', 'avx512_bf16', 'avx512_vnni' or 'avx_vnni'; False where torch cannot tell."""
+    """True if the CPU has 'amx_tile', 'avx512_bf16', 'avx512_vnni' or 'avx_vnni', and torch can tell."""
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is not None:
         return bool(capabilities().get(feature, False))
@@ -39,8 +39,8 @@ def cpu_kind() -> str:
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """The floating dtype in which quantized layers and the float rest run fastest together on `device`.
 
-    CPU: bf16 where there are bf16 instructions, else fp32 (without them a bf16 GEMM is several times slower than fp32).
-    CUDA: bf16 from compute capability 8, fp16 below.
+    CPU: bf16 where there are bf16 instructions, else fp32 (without them a bf16 GEMM is several times slower
+    than fp32). CUDA: bf16 from compute capability 8, fp16 below.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -1,7 +1,7 @@
 """Integer Linear and Conv2d on CPU through torch's oneDNN operators.
 
-Activations are u8 (signed codes + 128): with s8 ones oneDNN falls back to its slow reference code. Zero points cost
-nothing there and padding is exact with any of them. Only the packed weight lives on.
+Activations are u8 (signed codes + 128): with s8 ones oneDNN falls back to its slow reference code. Zero
+points cost nothing there and padding is exact with any of them. Only the packed weight lives on.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class IntegerLayer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CodesLayer:
-    """A weight-only layer: plain int8 codes (a convolution's in channels_last), made float anew in every call."""
+    """A weight-only layer: plain int8 codes (a convolution's in channels_last), made float in every call."""
 
     geometry: Geometry
     step: InputStep
@@ -57,7 +57,7 @@ class CpuOneDNN(Backend):
         if device.type != "cpu":
             return f"it runs on CPU, not on {device.type}"
         if state.scheme.weight is None or state.scheme.weight.bits != 8:
-            return f"{state.scheme.name} is not 8 bit; its 4-bit kernels are not there yet, the reference backend runs it"
+            return f"{state.scheme.name} has 4-bit weights; its 4-bit kernels are not there yet"
         if not state.scheme.is_integer:
             return None
         missing = [name for name in _OPERATORS if not hasattr(torch.ops.onednn, name)]

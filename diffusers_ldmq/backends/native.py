@@ -1,8 +1,8 @@
 """Builds and loads _native.c with the system's C compiler: optional, one process-wide library, plain ctypes.
 
-Its absence costs speed, not results. It is compiled once per source, compiler and CPU into a per-user cache folder.
-The object is linked without an OpenMP runtime of its own, so that it finds the one torch brought along: two pools of
-spinning threads on the same cores would slow each other down. LDMQ_NATIVE=0 turns it off.
+Its absence costs speed, not results. It is compiled once per source, compiler and CPU into a per-user cache
+folder. The object is linked without an OpenMP runtime of its own, so that it finds the one torch brought
+along: two pools of spinning threads on the same cores would slow each other down. LDMQ_NATIVE=0 turns it off.
 """
 
 import ctypes
@@ -23,8 +23,16 @@ from ..errors import BackendError
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("_native.c")
-# no contraction and no -ffast-math: codes must equal affine.quantize's; the vector width is a wish that others ignore
-FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -ffp-contract=off -fopenmp -fPIC".split()
+# no contraction and no -ffast-math: codes must equal affine.quantize's
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fopenmp",
+    "-fPIC",
+]
 BUILD_SECONDS = 120
 
 
@@ -68,7 +76,7 @@ def _without(reason: str) -> NativeStatus:
 
 
 def _built() -> Path:
-    """Path of the shared object, compiled if the cache has none. Raises BackendError or OSError if that fails."""
+    """Path of the shared object, compiled if the cache has none. Raises BackendError or OSError."""
     words = shlex.split(os.environ.get("CC", "cc"))
     compiler = shutil.which(words[0]) if words else None
     if compiler is None:
@@ -93,7 +101,7 @@ def _key(compiler: list[str]) -> str:
 
 
 def _cpu() -> bytes:
-    """-march=native means another instruction set on another CPU, and home folders travel between machines."""
+    """-march=native means another instruction set on another CPU, and home folders travel."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
         return b"".join(
@@ -108,7 +116,7 @@ def _compile(compiler: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, built = Path(folder) / "native.o", Path(folder) / "native.so"
         _run([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(made)])
-        # linked without -fopenmp and without libraries: every symbol comes from what the process already holds
+        # linked without -fopenmp and without libraries: all symbols come from what the process holds
         _run([*compiler, "-shared", "-nostdlib", str(made), "-o", str(built)])
         os.replace(built, path)
 
