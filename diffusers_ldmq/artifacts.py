@@ -87,7 +87,8 @@ class LayerNoise:
 class BlockCurve:
     """Accumulated noise at the denoiser's output with blocks 1..k quantized.
 
-    signal: [T] power of the float output; noise: [K][T], row k-1 = blocks 1..k in `scheme`, the rest float.
+    signal: [T] power of the float output; noise: [K][T], row k-1 = blocks 1..k in `scheme` (in its dynamic twin where
+    the static range is bad, see planners.low_precision), the rest float.
     """
 
     scheme: str

@@ -113,7 +113,8 @@ def layer_state(name: str, layer: nn.Module, scheme: Scheme, observer: Observer 
     Raises CalibrationError naming the layer if its weight or its input holds NaN or Inf.
     """
     weight = layer.weight
-    assert isinstance(weight, Tensor) and scheme.weight is not None
+    assert isinstance(weight, Tensor)
+    assert scheme.weight is not None
     try:
         codes, scale = quantize_weight(weight, weight_scales(weight, scheme.weight), scheme.weight)
         inputs = input_qparams(observer, scheme)

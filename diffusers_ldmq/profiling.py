@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .affine import QParams, per_channel, qdq, token_qparams, weight_rows
+from .affine import QParams, qdq, token_qparams, weight_rows
 from .artifacts import BlockCurve, LayerNoise, LayerTable, Profile
 from .calibration import layer_state, observe_inputs, weight_scales
 from .calls import Batch, Recording, run
@@ -21,6 +20,7 @@ from .families import layer_table, quantizable_layers
 from .layers import quantize_layer
 from .metrics import Power
 from .observers import Observer
+from .planners import low_precision
 from .quantization import replace_layer
 from .selections import SELECTIONS
 from .specs import SCHEMES, QuantSpec, parse_scheme
@@ -78,8 +78,10 @@ def profile_sqnr(
             count.up()
     table = layer_table(denoiser, local.macs_per_image(sum(b.output.shape[0] for b in batches)))
     timesteps = tuple(sorted({b.timestep for b in batches}, reverse=True))
-    curve = _block_curve(denoiser, _CurveInputs(table, batches, timesteps, ranges, settings), count)
-    return Profile(table, timesteps, local.result(timesteps), curve, _describe(settings, len(batches)))
+    noises = local.result(timesteps)
+    schemes = {noise.name: low_precision(noise, settings.scheme).scheme for noise in noises}
+    curve = _block_curve(denoiser, _CurveInputs(table, batches, timesteps, ranges, schemes), settings, count)
+    return Profile(table, timesteps, noises, curve, _describe(settings, len(batches)))
 
 
 def _describe(settings: ProfileSettings, calls: int) -> dict[str, Any]:
@@ -206,21 +208,23 @@ class _CurveInputs:
     batches: list[Batch]
     timesteps: tuple[float, ...]
     ranges: dict[str, Observer]
-    settings: ProfileSettings
+    schemes: dict[str, str]
 
 
-def _block_curve(denoiser: nn.Module, given: _CurveInputs, count: _Counter) -> BlockCurve:
+def _block_curve(
+    denoiser: nn.Module, given: _CurveInputs, settings: ProfileSettings, count: _Counter
+) -> BlockCurve:
     """Accumulated noise with blocks 1..k really quantized, k = 1..K. A block without quantized layers adds none."""
-    kept = given.settings.keep_float
+    kept = settings.keep_float
     kept = frozenset(i.name for i in given.table.layers if i.keep_float) if kept is None else kept
-    layers, scheme = quantizable_layers(denoiser), parse_scheme(given.settings.scheme)
+    layers = quantizable_layers(denoiser)
     rows: list[tuple[float, ...]] = []
     powers = {t: Power() for t in given.timesteps}
     try:
         for block in given.table.blocks:
             names = [name for name in block.layers if name not in kept]
             for name in names:
-                state = layer_state(name, layers[name], scheme, given.ranges[name])
+                state = layer_state(name, layers[name], parse_scheme(given.schemes[name]), given.ranges[name])
                 replace_layer(denoiser, name, quantize_layer(layers[name], state))
             if names or not rows:
                 powers = _output_powers(denoiser, given.batches)
@@ -229,7 +233,7 @@ def _block_curve(denoiser: nn.Module, given: _CurveInputs, count: _Counter) -> B
     finally:
         for name, layer in layers.items():
             replace_layer(denoiser, name, layer)
-    return BlockCurve(scheme.name, tuple(powers[t].signal for t in given.timesteps), tuple(rows))
+    return BlockCurve(settings.scheme, tuple(powers[t].signal for t in given.timesteps), tuple(rows))
 
 
 def _output_powers(denoiser: nn.Module, batches: list[Batch]) -> dict[float, Power]:

@@ -34,10 +34,10 @@ def quantize(
         replace_layer(denoiser, name, quantize_layer(denoiser.get_submodule(name), calibration.states[name]))
         if progress:
             progress(done + 1, len(calibration.states))
-    round_to_storage(denoiser)
     if dtype is not None:
         for module in denoiser.modules():  # diffusers' own .to(dtype) refuses quantized models
             module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+    round_to_storage(denoiser)
     return denoiser.eval()
 
 
@@ -45,7 +45,7 @@ def refuse_unfit(denoiser: nn.Module) -> None:
     """Raise LDMQError for a denoiser that cannot be quantized as it stands."""
     if quantized_layers(denoiser) or getattr(denoiser, "is_quantized", False):
         raise LDMQError(
-            f"this {type(denoiser).__name__} is quantized already; load the original model, a second rounding only loses"
+            f"this {type(denoiser).__name__} is quantized already; load the original model instead"
         )
     if getattr(denoiser, "peft_config", None):
         raise LDMQError(
@@ -60,9 +60,9 @@ STORAGE_DTYPE = torch.float16
 
 
 def round_to_storage(denoiser: nn.Module) -> None:
-    """Round every floating parameter to STORAGE_DTYPE, in place, where its values allow."""
+    """Round every fp32 parameter to STORAGE_DTYPE, in place, where its values allow."""
     for parameter in denoiser.parameters():
-        if parameter.is_floating_point() and fits_storage(parameter):
+        if parameter.dtype == torch.float32 and fits_storage(parameter):
             parameter.data = parameter.data.to(STORAGE_DTYPE).to(parameter.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, strictly: a wrong type, a missing or an unknown key is an error that says where."""
+"""Frozen dataclasses to JSON and back, strictly: a wrong type, a missing or an unknown key is an error naming it."""
 
 import dataclasses
 import json

@@ -77,7 +77,7 @@ def stored_bytes(denoiser: nn.Module) -> int:
     """Bytes of the tensors that saving would write: codes, fp32 scales, the float rest in 16 bits."""
     total = 0
     for name, value in denoiser.state_dict().items():
-        small = value.is_floating_point() and not name.endswith("_scale") and fits_storage(value)
+        small = value.dtype == torch.float32 and not name.endswith("_scale") and fits_storage(value)
         total += value.numel() * (STORAGE_DTYPE.itemsize if small else value.element_size())
     return total
 

@@ -2,7 +2,7 @@
 
 from ..registry import Registry
 from .contract import Planner, Request, Target, fp32_bytes, integer_share, layer_bytes, parse_target, plan_bytes
-from .hybrid import higher_precision, hybrid
+from .hybrid import higher_precision, hybrid, low_precision
 from .uniform import uniform
 
 PLANNERS: Registry[Planner] = Registry("planner")
@@ -19,6 +19,7 @@ __all__ = [
     "hybrid",
     "integer_share",
     "layer_bytes",
+    "low_precision",
     "parse_target",
     "plan_bytes",
     "uniform",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ..artifacts import LayerChoice, LayerTable, Plan, Profile
+from ..artifacts import LayerChoice, LayerNoise, LayerTable, Plan, Profile
 from ..errors import PlanError
 from ..metrics import sqnr_db
 from ..specs import parse_scheme
@@ -26,7 +26,8 @@ DYNAMIC_GAIN_DB = 3.0
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """The block curve, read: delta_n [K], threshold, sensitive block indices, predicted[c] = SQNR with blocks c.. raised."""
+    """The block curve, read. delta_n: [K]; sensitive: block indices; predicted: [K + 1], entry c in dB at the output
+    with blocks 0..c-1 in low precision and the rest float."""
 
     delta_n: tuple[float, ...]
     threshold: float
@@ -113,14 +114,14 @@ def _choices(table: LayerTable, profile: Profile, request: Request, cut: int) ->
             elif index >= cut:
                 found[name] = higher_precision(profile, name, request.scheme)
             else:
-                found[name] = low_precision(profile, name, request.scheme)
+                found[name] = low_precision(profile.noise_of(name), request.scheme)
     return {info.name: found[info.name] for info in table.layers}
 
 
-def low_precision(profile: Profile, name: str, scheme: str) -> LayerChoice:
+def low_precision(noise: LayerNoise, scheme: str) -> LayerChoice:
     """`scheme`, or its dynamic twin where the calibrated static range loses DYNAMIC_GAIN_DB or more."""
-    noise, dynamic = profile.noise_of(name), f"{scheme}-dyn"
-    if parse_scheme(scheme).is_static and dynamic in noise.noise and scheme in noise.noise:
+    dynamic = f"{scheme}-dyn"
+    if parse_scheme(scheme).is_static and {scheme, dynamic} <= set(noise.noise):
         static_db, dynamic_db = noise.power(scheme).sqnr_db, noise.power(dynamic).sqnr_db
         if dynamic_db >= static_db + DYNAMIC_GAIN_DB:
             why = f"static range fits later steps badly: {static_db:.1f} dB, {dynamic_db:.1f} dB with dynamic ranges"

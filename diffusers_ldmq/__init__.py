@@ -1,0 +1,40 @@
+"""Post-training quantization of latent diffusion models that measures before it decides and verifies after.
+
+Importing registers the quantizer "ldmq" with diffusers, so that our checkpoints load with plain `from_pretrained`.
+"""
+
+from .artifacts import Calibration, Plan, Profile, Report
+from .calibration import calibrate
+from .calls import Recording
+from .errors import LDMQError
+from .inputs import default_inputs
+from .pipeline import QuantizedLDMPipeline
+from .planning import make_plan
+from .plugin import LDMQConfig, register
+from .profiling import ProfileSettings, profile_sqnr
+from .quantization import quantize
+from .recording import record_calls
+from .verification import verify
+from .version import __version__
+
+register()
+
+__all__ = [
+    "Calibration",
+    "LDMQConfig",
+    "LDMQError",
+    "Plan",
+    "Profile",
+    "ProfileSettings",
+    "QuantizedLDMPipeline",
+    "Recording",
+    "Report",
+    "__version__",
+    "calibrate",
+    "default_inputs",
+    "make_plan",
+    "profile_sqnr",
+    "quantize",
+    "record_calls",
+    "verify",
+]
