@@ -70,7 +70,7 @@ def _class_count(pipe: Any) -> int:
 
 def captions() -> list[str]:
     """The 32 captions that come with the package."""
-    text = resources.files(__package__).joinpath("captions.txt").read_text(encoding="utf-8")
+    text = resources.files("diffusers_ldmq").joinpath("captions.txt").read_text(encoding="utf-8")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -145,7 +145,8 @@ class _Options:
 @cache
 def _quantized_class(base: type) -> type:
     """QuantizedLDMPipeline over `base`, under the base's name, by which diffusers looks pipelines up."""
-    return type(base.__name__, (QuantizedLDMPipeline, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    body = {"__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (QuantizedLDMPipeline, base), body)
 
 
 def _dressed(pipe: Any, **artifacts: Any) -> Any:
@@ -156,8 +157,7 @@ def _dressed(pipe: Any, **artifacts: Any) -> Any:
 
 
 def _restored(base: type, state: dict[str, Any]) -> Any:
-    cls = _quantized_class(base)
-    pipe = cls.__new__(cls)
+    pipe: Any = object.__new__(_quantized_class(base))
     vars(pipe).update(state)
     return pipe
 

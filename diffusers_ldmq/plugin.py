@@ -60,7 +60,7 @@ class LDMQConfig(QuantizationConfigMixin):
                 f"quantization_config has format_version {format_version} and unknown keys {sorted(unknown)}; it was "
                 f"written by diffusers-ldmq {ldmq_version}, this is {__version__}: pip install -U diffusers-ldmq"
             )
-        self.quant_method = LDMQMethod.LDMQ
+        self.quant_method = LDMQMethod.LDMQ  # pyright: ignore[reportAttributeAccessIssue]  (theirs is a closed Enum)
         self.layers = _checked_layers(layers)
         self.compute_dtype = compute_dtype
         self.format_version = format_version
@@ -137,31 +137,21 @@ class LDMQQuantizer(DiffusersQuantizer):
         extra = sorted(key for key in found - expected if not any(re.search(p, key) for p in ignored))
         missing = sorted(expected - found)
         if missing:
-            raise CheckpointError(
-                f"{_place(missing[0])}: the checkpoint lacks this tensor ({_more(missing)}); get it again"
-            )
+            raise CheckpointError(f"{_place(missing[0])}: the file lacks this tensor ({_more(missing)}); get it again")
         if extra:
             raise CheckpointError(
-                f"{_place(extra[0])}: the checkpoint holds this tensor, which its own quantization_config does not name "
+                f"{_place(extra[0])}: the checkpoint holds this tensor, which its quantization_config does not name "
                 f"({_more(extra)}); it is damaged or was changed by hand"
             )
 
     def check_if_quantized_param(self, *args: Any, **kwargs: Any) -> bool:
         return True  # every tensor goes through create_quantized_param, so that every one is checked
 
-    def check_quantized_param_shape(self, name: str, expected: torch.Size, found: Tensor) -> bool:
+    def check_quantized_param_shape(self, *args: Any, **kwargs: Any) -> Any:
+        name, expected, found = args  # called only where the shapes differ
         raise CheckpointError(f"{_place(name)}: shape {list(found.shape)}, expected {list(expected)}; wrong file?")
 
-    def create_quantized_param(
-        self,
-        model: Any,
-        value: Tensor,
-        name: str,
-        device: Any,
-        state_dict: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    def create_quantized_param(self, *args: Any, **kwargs: Any) -> Any:
         """Check one tensor and put it in place. Scales come from `state_dict`: `value` was cast already."""
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -192,8 +182,8 @@ class LDMQQuantizer(DiffusersQuantizer):
         adapters = [name for name in state_dict if ".base_layer." in name or ".lora_" in name]
         if adapters:
             raise CheckpointError(
-                f"{_place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that cannot be "
-                f"loaded; call unload_lora_weights() first and share the LoRA as a file of its own"
+                f"{_place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
+                f"can load; call unload_lora_weights() first and share the LoRA as a file of its own"
             )
         if not safe_serialization:
             raise CheckpointError("quantized models are saved as safetensors only; leave safe_serialization=True")
@@ -209,11 +199,11 @@ class LDMQQuantizer(DiffusersQuantizer):
         return model
 
     @property
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return True
 
 
@@ -246,9 +236,7 @@ def register() -> None:
         (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, LDMQConfig),
     ):
         if table.get(NAME, member) is not member:
-            raise LDMQError(
-                f"another package has registered the quantizer {NAME!r} with diffusers; uninstall one of both"
-            )
+            raise LDMQError(f"another package has registered a quantizer {NAME!r} with diffusers; uninstall it")
         table[NAME] = member  # pyright: ignore[reportArgumentType]
 
 

@@ -1,14 +1,12 @@
 """The contract of an observer: it sees tensors and gives the scale and zero point that quantize their like."""
 
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from ..affine import QParams
 from ..specs import QuantSpec
-
-Self = TypeVar("Self", bound="Observer")
 
 
 class Observer(ABC):
@@ -19,7 +17,7 @@ class Observer(ABC):
         """Take note of x: any shape, any floating dtype. NaN and Inf are remembered and refused by qparams."""
 
     @abstractmethod
-    def merge(self: Self, other: Self) -> None:
+    def merge(self, other: Any) -> None:
         """Take note of everything that `other`, of the same class, has seen."""
 
     @abstractmethod

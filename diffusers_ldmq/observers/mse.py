@@ -68,9 +68,7 @@ class MSEObserver(Observer):
         keep = self.counts > 0
         centres, counts = centres[keep], self.counts[keep]
         candidates = self._candidates(spec)
-        errors = torch.stack(
-            [((qdq(centres, q, spec) - centres).double().square() * counts).sum() for q in candidates]
-        )
+        errors = torch.stack([((qdq(centres, q, spec) - centres).double().square() * counts).sum() for q in candidates])
         return candidates[int(errors.argmin())]
 
     def _candidates(self, spec: QuantSpec) -> list[QParams]:
