@@ -152,7 +152,8 @@ class LDMQQuantizer(DiffusersQuantizer):
         raise CheckpointError(f"{_place(name)}: shape {list(found.shape)}, expected {list(expected)}; wrong file?")
 
     def create_quantized_param(self, *args: Any, **kwargs: Any) -> Any:
-        """Check one tensor and put it in place. Scales come from `state_dict`: `value` was cast already."""
+        """Check one tensor and put it in place. Scales come from the state dict: `value` was cast already."""
+        model, value, name, device, state_dict = args[:5]
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         raw = state_dict[name]
