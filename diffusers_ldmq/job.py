@@ -49,7 +49,6 @@ class Outcome:
     recording: Recording
     profile: Profile | None
     plan: Plan
-    calibration: Calibration
     report: Report
 
 
@@ -142,17 +141,21 @@ class _Job:
 
     def run(self, denoiser: nn.Module, plan: Plan) -> Outcome:
         """Calibrate, quantize in place and verify."""
+        facts = self._quantized(denoiser, plan)
+        report = verify(denoiser, self.recording, progress=_stage(self.told, "verify"))
+        return Outcome(self.recording, self.profile, plan, replace(report, calibration=facts))
+
+    def _quantized(self, denoiser: nn.Module, plan: Plan) -> dict[str, Any]:
+        """Facts of the calibration; the plain codes it held end here, so that only the packed ones live on."""
         calibration = self.calibrated(denoiser, plan)
         quantize(denoiser, calibration, dtype=self.settings.dtype, progress=_stage(self.told, "quantize"))
-        report = verify(denoiser, self.recording, progress=_stage(self.told, "verify"))
-        facts = {
+        return {
             "selection": calibration.selection,
             "observer": calibration.observer,
             "samples": calibration.samples,
             "forward_calls": calibration.forward_calls,
             "sampler_calls": calibration.sampler_calls,
         }
-        return Outcome(self.recording, self.profile, plan, calibration, replace(report, calibration=facts))
 
 
 def _short(target: Target | None, report: Report) -> float:
