@@ -1,7 +1,6 @@
 """The whole job on the bundled model, from recording to pictures, into one folder."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,6 @@ DTYPE = torch.float32
 """The same on every CPU, so that the demo's numbers do not depend on the machine."""
 
 
-@dataclass(frozen=True, slots=True)
-class DemoResult:
-    """What a demo left behind. folder: with quantized/, plan.json, profile.json, comparison.png, sqnr.png and
-    summary.json."""
-
-    folder: Path
-    summary: Summary
-
-
 def refuse_demo_folder(folder: Path) -> None:
     """Raise OutputError unless the demo may write there: a new or empty folder, or one that a demo wrote."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARKER).is_file():
@@ -64,10 +54,11 @@ def refuse_demo_folder(folder: Path) -> None:
     refuse_folder(folder, overwrite=True)
 
 
-def run_demo(folder: Path, progress: Progress) -> DemoResult:
+def run_demo(folder: Path, progress: Progress) -> Summary:
     """Record, profile, plan, calibrate, quantize, verify, save, load again and sample 8 prompts with both models.
 
-    Raises OutputError if the folder is neither new nor an earlier demo's, or cannot be written.
+    Leaves in `folder`: quantized/ (an ordinary diffusers folder), plan.json, profile.json, comparison.png, sqnr.png
+    and summary.json. Raises OutputError if the folder is neither new nor an earlier demo's, or cannot be written.
     """
     refuse_demo_folder(folder)
     sampling = Sampling(STEPS, GUIDANCE, PICTURE_SEED)
@@ -99,7 +90,7 @@ def run_demo(folder: Path, progress: Progress) -> DemoResult:
         _write_figures(beside, outcome, uniform)
         write_json(beside / "summary.json", summary_data(summary))
         (beside / MARKER).write_text("Written by `ldmq demo`, which may replace this folder.\n", encoding="utf-8")
-    return DemoResult(folder, summary)
+    return summary
 
 
 def recorded_inputs(pipe: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,143 @@
+"""The command line's options, and how they become what the library takes. What can be refused is refused here, before
+anything slow begins."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from .backends import fast_dtype
+from .demo import MODEL, demo_captions, demo_model
+from .errors import LDMQError, OutputError, PlanError
+from .inputs import default_inputs, read_inputs, read_prompts, with_strength
+from .observers import OBSERVERS
+from .output import refuse_folder
+from .pipeline import QuantizedLDMPipeline, load_pipeline, stored_config
+from .planners import PLANNERS, parse_target
+from .selections import SELECTIONS
+from .specs import parse_scheme
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"diffusers folder, hub id, or {MODEL}")]
+Prompts = Annotated[Path | None, typer.Option(help="prompts to record, one per line")]
+Inputs = Annotated[Path | None, typer.Option(help="JSON lines of the pipeline's arguments, instead of --prompts")]
+Steps = Annotated[int | None, typer.Option(min=1, help="sampling steps (default: the pipeline's)")]
+Guidance = Annotated[float | None, typer.Option(help="guidance scale (default: the pipeline's)")]
+Seed = Annotated[int, typer.Option(help="seed of the first picture; the others count up")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (the device's fastest), float32, bfloat16 or float16")]
+Planner = Annotated[str, typer.Option(help="hybrid, or uniform: every Linear and Conv2d in one scheme")]
+Scheme = Annotated[str, typer.Option(help="the low-precision scheme: w8a8, w8a8-dyn, w8a16, w4a16, w4a8, w4a4")]
+Rule = Annotated[str, typer.Option("--calibration", help="steps that calibrate: first-step or uniform")]
+Observer = Annotated[str, typer.Option(help="how a range is chosen: minmax, minmax-affine or mse")]
+KeepFloat = Annotated[str, typer.Option(help="default (the family's layers), none, or names with commas between")]
+Target = Annotated[str | None, typer.Option(help="'sqnr>=25dB', 'size<=0.3x' (of fp32) or 'size<=900MB'")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+def model_path(model: str) -> str | Path:
+    """MODEL as the library takes it: the bundled model's folder for its word."""
+    return demo_model() if model == MODEL else model
+
+
+def load_float(model: str, device: str) -> Any:
+    """The float pipeline, in float32. Raises LDMQError for a quantized one."""
+    if stored_config(model_path(model)) is not None:
+        raise LDMQError(f"{model}: is quantized already; give the original float model, a second rounding only loses")
+    return _quiet(load_pipeline(model_path(model), dtype=torch.float32, device=checked_device(device)))
+
+
+def load_any(model: str, device: str) -> Any:
+    """A float pipeline in float32, or a quantized one in the dtype that it was verified in."""
+    path, place = model_path(model), checked_device(device)
+    if stored_config(path) is not None:
+        return _quiet(QuantizedLDMPipeline.from_pretrained(path, device=place))
+    return _quiet(load_pipeline(path, dtype=torch.float32, device=place))
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def checked_device(name: str) -> str:
+    """The device's name. Raises LDMQError if it is none, or not in this machine."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as cause:
+        reason = str(cause).splitlines()[0]
+        raise LDMQError(f"--device {name}: cannot be used ({reason}); use cpu, or cuda where there is one") from None
+    return name
+
+
+def checked_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype of a name; 'auto' = the one that the device runs fastest. Raises LDMQError for others."""
+    if name == "auto":
+        return fast_dtype(checked_device(device))
+    if name not in DTYPES:
+        raise LDMQError(f"--dtype {name!r}: unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def check_names(
+    scheme: str, *, planner: str = "hybrid", calibration: str = "first-step", observer: str = "mse"
+) -> None:
+    """Raise LDMQError for a scheme, planner, selection or observer that does not exist."""
+    if parse_scheme(scheme).is_float:
+        raise PlanError("--scheme float: nothing would be quantized; choose one such as w8a8")
+    PLANNERS[planner]
+    SELECTIONS[calibration]
+    OBSERVERS[observer]
+
+
+def check_target(target: str | None) -> None:
+    """Raise PlanError for a target that cannot be read."""
+    if target is not None:
+        parse_target(target)
+
+
+def check_out(out: Path, model: str, overwrite: bool) -> None:
+    """Raise OutputError for an output folder that may not be written or replaced."""
+    refuse_folder(out, overwrite=overwrite)
+    if not overwrite or not out.is_dir() or not any(out.iterdir()):
+        return
+    if out.resolve() == Path(model_path(model)).resolve():
+        raise OutputError(f"{out}: is the model itself; quantize into another folder")
+    if not (out / "model_index.json").is_file():
+        raise OutputError(f"{out}: holds no pipeline (no model_index.json), so --overwrite will not delete it")
+
+
+def check_alone(context: typer.Context, option: str, others: tuple[str, ...]) -> None:
+    """Raise PlanError if any of `others` was given on the command line beside `option`."""
+    for other in others:
+        source = context.get_parameter_source(other)
+        if source is not None and source.name == "COMMANDLINE":
+            raise PlanError(f"--{option} decides already what --{other.replace('_', '-')} would; leave one of them out")
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What to record: read and checked at once, turned into pipeline calls when the pipeline is there."""
+
+    model: str
+    prompts: Path | None
+    inputs: Path | None
+    seed: int
+    read: list[Any] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.prompts and self.inputs:
+            raise LDMQError("--prompts and --inputs exclude each other; give one of them")
+        found = read_prompts(self.prompts) if self.prompts else read_inputs(self.inputs) if self.inputs else None
+        object.__setattr__(self, "read", found)
+
+    def calls(self, pipe: Any, steps: int | None) -> list[dict[str, Any]]:
+        """`__call__` arguments for recording."""
+        if self.inputs and self.read is not None:
+            common = {"num_inference_steps": steps} if steps else {}
+            return with_strength(pipe, [{**common, **entry} for entry in self.read])
+        prompts = demo_captions() if self.read is None and self.model == MODEL else self.read
+        return default_inputs(pipe, prompts, steps=steps, seed=self.seed)

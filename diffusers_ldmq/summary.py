@@ -1,0 +1,220 @@
+"""What a quantization run comes down to: one table for the terminal, the same numbers as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from .artifacts import Plan, Report
+from .report import PictureScores
+from .timing import StepTime, StepTimes
+
+FLOAT, FLOAT_BEST = "float", "float, fastest dtype"
+QUANTIZED, QUANTIZED_BEST = "quantized", "quantized, fastest dtype"
+"""Names of the versions in Summary.times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The numbers of one run; None = not measured.
+
+    uniform: report of the same model with every layer in the low-precision scheme; cpu: kind of CPU that was timed;
+    file_bytes: of the denoiser's folder as saved, plan and scales included.
+    """
+
+    model: str
+    denoiser: str
+    plan: Plan
+    report: Report
+    uniform: Report | None = None
+    times: StepTimes | None = None
+    pictures: PictureScores | None = None
+    file_bytes: int | None = None
+    cpu: str | None = None
+
+
+def summary_data(summary: Summary) -> dict[str, Any]:
+    """The summary as plain JSON data, the unit in every name."""
+    report = summary.report
+    data: dict[str, Any] = {
+        "model": summary.model,
+        "denoiser": summary.denoiser,
+        "planner": summary.plan.planner,
+        "target": summary.plan.target,
+        "dtype": report.dtype,
+        "size": size_data(report, summary.file_bytes),
+        "output_sqnr_db": sqnr_data(report),
+        "int8_macs_share": report.int8_macs,
+        "schemes": report.schemes,
+        "backends": report.backends,
+        "calibration": report.calibration,
+    }
+    if summary.uniform:
+        data["uniform_output_sqnr_db"] = sqnr_data(summary.uniform)
+    if summary.times:
+        data["seconds_per_step"] = _times_data(summary.times, summary.cpu)
+    if summary.pictures:
+        data["pictures"] = summary.pictures.data()
+    return data
+
+
+def size_data(report: Report, file_bytes: int | None = None) -> dict[str, Any]:
+    """Bytes of the denoiser before and after, and the ratios to fp32 and fp16."""
+    data: dict[str, Any] = {
+        "fp32_bytes": report.fp32_bytes,
+        "fp16_bytes": report.fp32_bytes // 2,
+        "bytes": report.bytes,
+        "ratio_fp32": report.bytes / report.fp32_bytes,
+        "ratio_fp16": 2 * report.bytes / report.fp32_bytes,
+    }
+    if file_bytes is not None:
+        data["file_bytes"] = file_bytes
+        data["file_ratio_fp32"] = file_bytes / report.fp32_bytes
+    return data
+
+
+def sqnr_data(report: Report) -> dict[str, float]:
+    """Output SQNR over all recorded calls and at the worst timestep."""
+    timestep, db = report.worst()
+    return {"all": report.sqnr_db, "worst": db, "worst_timestep": timestep}
+
+
+def _times_data(times: StepTimes, cpu: str | None) -> dict[str, Any]:
+    versions = {
+        name: {"seconds": time.seconds, "dtype": time.dtype, "layout": time.layout}
+        for name, time in times.versions.items()
+    }
+    return {
+        "versions": versions,
+        "speedup_same_dtype": times.speedup(QUANTIZED, FLOAT),
+        "speedup_fastest": times.speedup(_best(times), FLOAT_BEST),
+        "batch_rows": times.rows,
+        "rounds": times.rounds,
+        "device": times.device,
+        "threads": times.threads,
+        "cpu": cpu,
+    }
+
+
+def summary_table(summary: Summary) -> Table:
+    """The summary for people; a line about speed that says why, where the quantized model is not the faster one."""
+    table = Table(title=f"{summary.model}: {summary.denoiser} with a {summary.plan.planner} plan", title_justify="left")
+    for name in ("", "float", "quantized"):
+        table.add_column(name, overflow="fold")
+    report = summary.report
+    table.add_row("size", *_sizes(report))
+    if summary.file_bytes is not None:
+        ratio = summary.file_bytes / report.fp32_bytes
+        table.add_row("  on disk, plan included", "", f"{mb(summary.file_bytes)} = {ratio:.3f}x of fp32")
+    if summary.times:
+        for row in _time_rows(summary.times, summary.cpu):
+            table.add_row(*row)
+    table.add_row("output SQNR (higher is better)", "", _sqnr(report))
+    if summary.uniform:
+        table.add_row("  every layer uniform instead", "", _sqnr(summary.uniform))
+    if summary.pictures:
+        scores = summary.pictures
+        psnr = f"mean {scores.mean_psnr_db:.1f} dB, worst {scores.worst_psnr_db:.1f} dB"
+        table.add_row(f"PSNR of {len(scores.ssim)} pictures", "", psnr)
+        table.add_row(f"SSIM of {len(scores.ssim)} pictures", "", _ssim(scores))
+    table.add_row("int8 x int8 multiply-accumulates", "0 %", f"{100 * report.int8_macs:.1f} %")
+    table.add_row("Linear and Conv2d layers", f"{sum(report.schemes.values())} float", layer_lines(report))
+    table.add_row("calibration", "", _calibration(report))
+    return table
+
+
+def mb(count: int) -> str:
+    """A number of bytes in MB (10^6), as text."""
+    return f"{count / 1e6:.1f} MB"
+
+
+def _sizes(report: Report) -> tuple[str, str]:
+    data = size_data(report)
+    before = f"{mb(report.fp32_bytes)} fp32, {mb(report.fp32_bytes // 2)} fp16"
+    return before, f"{mb(report.bytes)} = {data['ratio_fp32']:.3f}x of fp32, {data['ratio_fp16']:.3f}x of fp16"
+
+
+def _sqnr(report: Report) -> str:
+    timestep, db = report.worst()
+    return f"{report.sqnr_db:.1f} dB, worst step {db:.1f} dB (t = {timestep:g})"
+
+
+def _ssim(scores: PictureScores) -> str:
+    return f"mean {scores.mean_ssim:.3f}, worst {scores.worst_ssim:.3f}"
+
+
+def layer_lines(report: Report) -> str:
+    """One line per scheme and backend with the number of layers."""
+    kept = {"float": report.schemes["float"]} if "float" in report.schemes else {}
+    return "\n".join(f"{count} {name}" for name, count in {**report.backends, **kept}.items())
+
+
+def _calibration(report: Report) -> str:
+    facts = report.calibration
+    if not facts.get("samples"):
+        return "none needed (no static ranges)"
+    return (
+        f"{facts['samples']} pictures, {facts['selection']}: {facts['forward_calls']} denoiser calls to calibrate, "
+        f"{facts['sampler_calls']} to sample"
+    )
+
+
+def _time_rows(times: StepTimes, cpu: str | None) -> list[tuple[str, str, str]]:
+    where = f"{cpu or times.device}, {times.threads} threads" if times.device == "cpu" else times.device
+    float_time, quantized = times.versions[FLOAT], times.versions[QUANTIZED]
+    rows = [
+        (
+            f"seconds per step, same dtype\n  ({times.rows} rows, {where})",
+            _time(float_time),
+            f"{_time(quantized)}: {_faster(times.speedup(QUANTIZED, FLOAT))}",
+        )
+    ]
+    best, speedup = times.versions[FLOAT_BEST], times.speedup(_best(times), FLOAT_BEST)
+    told = f"{_time(times.versions[_best(times)])}: {_faster(speedup)}"
+    rows.append(("seconds per step, each in its\n  fastest dtype", _time(best), told))
+    if speedup < 1:
+        rows.append(("  why not faster", "", _why_slower(times)))
+    return rows
+
+
+def _why_slower(times: StepTimes) -> str:
+    milliseconds = 1000 * times.versions[FLOAT_BEST].seconds / times.rows
+    return (
+        f"a picture's step takes {milliseconds:.1f} ms: the model is so small that rounding its activations to int8 "
+        "costs more than the integer products save; larger models gain"
+    )
+
+
+def _best(times: StepTimes) -> str:
+    """The quantized version that is fastest."""
+    names = [name for name in (QUANTIZED, QUANTIZED_BEST) if name in times.versions]
+    return min(names, key=lambda name: times.versions[name].seconds)
+
+
+def _time(time: StepTime) -> str:
+    layout = ", channels_last" if time.layout == "channels_last" else ""
+    return f"{time.seconds:.4f} s ({time.dtype}{layout})"
+
+
+def _faster(ratio: float) -> str:
+    return f"{ratio:.2f}x the float speed"
+
+
+def scores_table(scores: PictureScores, captions: Sequence[str]) -> Table:
+    """PSNR and SSIM of every pair of pictures, their mean and the worst."""
+    table = Table(show_edge=False)
+    for name in ("prompt", "PSNR (dB)", "SSIM"):
+        table.add_column(name, overflow="fold")
+    for caption, db, similarity in zip(captions, scores.psnr_db, scores.ssim, strict=True):
+        table.add_row(caption, f"{db:.1f}", f"{similarity:.3f}")
+    table.add_section()
+    table.add_row("mean", f"{scores.mean_psnr_db:.1f}", f"{scores.mean_ssim:.3f}")
+    table.add_row("worst", f"{scores.worst_psnr_db:.1f}", f"{scores.worst_ssim:.3f}")
+    return table
+
+
+def scores_data(scores: PictureScores, captions: Sequence[str]) -> list[dict[str, Any]]:
+    """PSNR and SSIM of every pair of pictures as plain JSON data."""
+    rows = zip(captions, scores.psnr_db, scores.ssim, strict=True)
+    return [{"prompt": caption, "psnr_db": db, "ssim": similarity} for caption, db, similarity in rows]
