@@ -24,7 +24,7 @@ def complain(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep warnings and bars of diffusers, transformers and torch off the terminal; ours stay. Downloads keep theirs."""
+    """Keep warnings and bars of diffusers, transformers and torch off the terminal; ours and downloads' stay."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
