@@ -1,14 +1,15 @@
 """QuantizedLDMPipeline: any diffusers pipeline with a quantized denoiser, computed or loaded; and pipelines on disk."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch import nn
@@ -20,7 +21,8 @@ from .inputs import default_inputs, with_strength
 from .job import Outcome, Progress, Settings, quantize_pipeline
 from .output import folder_beside
 from .planners import PLANNERS
-from .plugin import NAME
+from .plugin import NAME, stored
+from .quantization import STORAGE_DTYPE
 from .serialization import read_json, write_json
 
 __all__ = [
@@ -63,11 +65,33 @@ def save_pipeline(
     Complete or not at all. Raises OutputError if `folder` is not empty (unless `overwrite`) or cannot be written.
     """
     with folder_beside(folder, overwrite=overwrite) as beside:
-        pipe.save_pretrained(beside)
+        with other_models_in_16_bits(pipe):
+            pipe.save_pretrained(beside)
         if outcome is not None:
             for name, artifact in (("plan", outcome.plan), ("report", outcome.report), ("profile", outcome.profile)):
                 if artifact is not None:
                     write_json(beside / f"{name}.json", artifact)
+
+
+@contextmanager
+def other_models_in_16_bits(pipe: Any) -> Iterator[None]:
+    """While open, fp32 models of diffusers whose values 16 bits hold exactly (they came from such files) are in 16
+    bits, so that they are saved so. transformers' models stay: without a dtype those load as they were saved."""
+    small: list[Any] = [
+        model
+        for model in pipe.components.values()
+        if isinstance(model, ModelMixin)
+        and model.dtype == torch.float32
+        and not getattr(model, "is_quantized", False)
+        and all(stored("", value).dtype != torch.float32 for value in model.state_dict().values())
+    ]
+    for model in small:
+        model.to(STORAGE_DTYPE)
+    try:
+        yield
+    finally:
+        for model in small:
+            model.to(torch.float32)
 
 
 SIDE_FILES: dict[str, Any] = {"plan": Plan, "report": Report, "profile": Profile}
@@ -124,7 +148,8 @@ class QuantizedLDMPipeline:
 
     def save_pretrained(self, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As the pipeline's own, plus plan.json, report.json and profile.json. Plain diffusers opens the folder."""
-        super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        with other_models_in_16_bits(self):
+            super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         for name in SIDE_FILES:
             artifact = getattr(self, name)
             if artifact is not None:
