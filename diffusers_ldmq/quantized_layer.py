@@ -9,7 +9,7 @@ back from the packed form.
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,37 +19,22 @@ from . import affine
 from .backends import Backend, choose_backend
 from .backends.reference import dense_gradient
 from .errors import BackendError, LDMQError
+from .packing import Pack, identity, is_stand_in, leave_file, make_stand_in
 from .specs import Geometry, LayerState, Scheme, check_state, geometry_of, parse_scheme, tensor_specs
 
 # bias before weight: pipelines read the dtype of a module's first parameter and must not find integers
 PARAMETERS = ("bias", "weight")
 # buffers, because model.dtype and offloading look at parameters
 BUFFERS = ("weight_scale", "input_scale", "input_zero_point", "pre_quant_scale")
-# A stand-in is filled with what real codes are not: int8 codes stop at -127, and no weight has -8 as its
-# every 4-bit code. So a stand-in is still known as one after somebody copied it to another device.
-STAND_IN = {torch.int8: -128, torch.uint8: 0}
-
 _packing = threading.RLock()
 L = TypeVar("L", bound="QuantizedLayer")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pack:
-    """A layer in a backend's form, and what it was made of: any change to those makes it stale."""
-
-    backend: Backend
-    data: Any
-    device: torch.device
-    stand_in: Tensor  # kept alive, so that its address is nobody else's
-    pointer: int
-    made_of: tuple[tuple[str, Tensor | None, int | None], ...]  # name, tensor, version
 
 
 class QuantizedLayer(nn.Module):
     """What QuantLinear and QuantConv2d share. A plain float layer until a state is loaded."""
 
     _scheme: Scheme | None = None
-    _pack: _Pack | None = None
+    _pack: Pack | None = None
     _requested_backend: str | None = None
 
     @classmethod
@@ -64,9 +49,7 @@ class QuantizedLayer(nn.Module):
                 "(pipe.remove_all_hooks()) before quantizing"
             )
         new = cls.__new__(cls)
-        new.__dict__.update(
-            layer.__dict__, _parameters=dict(layer._parameters), _buffers=dict(layer._buffers)
-        )
+        new.__dict__.update(layer.__dict__, _parameters=dict(layer._parameters), _buffers=dict(layer._buffers))
         new.load_state(state)
         return new
 
@@ -145,11 +128,7 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()
-        return (
-            shown
-            if self._scheme is None
-            else f"{shown}, scheme={self._scheme.name}, backend={self.backend_name}"
-        )
+        return shown if self._scheme is None else f"{shown}, scheme={self._scheme.name}, backend={self.backend_name}"
 
     def _run(self, x: Tensor) -> Tensor:
         pack = self._pack
@@ -157,32 +136,35 @@ class QuantizedLayer(nn.Module):
             pack = self._packed_for(x)
         return pack.backend.run(x, pack.data)
 
-    def _is_current(self, pack: _Pack) -> bool:
+    def _is_current(self, pack: Pack) -> bool:
         """False if any tensor was assigned, changed in place or moved since packing, by whatever route:
         loaders and offloading write into `_parameters` and `.data`, so watching __setattr__ would not do."""
         parameters, buffers = self._parameters, self._buffers
-        for name, tensor, version in pack.made_of:
+        for name, tensor, version, pointer in pack.made_of:
             now = parameters[name] if name in parameters else buffers.get(name)
-            if now is not tensor or (version is not None and now._version != version):  # pyright: ignore
+            if now is not tensor:
                 return False
-        return parameters["weight"].data_ptr() == pack.pointer  # pyright: ignore
+            if now is not None and (now.data_ptr() != pointer or (version is not None and now._version != version)):
+                return False
+        return True
 
-    def _packed_for(self, x: Tensor) -> _Pack:
+    def _packed_for(self, x: Tensor) -> Pack:
         with _packing:
             self._restore()
             weight = self._parameters["weight"]
             assert weight is not None
             if weight.device != x.device:
                 raise BackendError(f"a quantized layer on {weight.device} was given an input on {x.device}")
+            for name, tensor in self._held().items():
+                if name != "weight":
+                    leave_file(tensor)
             state, backend = self._unrestored_state(), self._choose_backend()
             data = backend.pack(state, self.geometry)
-            stand_in = torch.full((1,), STAND_IN[weight.dtype], dtype=weight.dtype, device=weight.device)
+            stand_in = make_stand_in(weight)
             weight.data = stand_in.expand(weight.shape)
-            tensors = {
-                name: self._parameters.get(name, self._buffers.get(name)) for name in PARAMETERS + BUFFERS
-            }
-            made_of = tuple((name, tensor, _version(tensor)) for name, tensor in tensors.items())
-            self._pack = _Pack(backend, data, x.device, stand_in, weight.data_ptr(), made_of)
+            held = self._held()
+            made_of = tuple(identity(name, held.get(name)) for name in PARAMETERS + BUFFERS)
+            self._pack = Pack(backend, data, x.device, stand_in, made_of)
             return self._pack
 
     def _choose_backend(self) -> Backend:
@@ -195,9 +177,7 @@ class QuantizedLayer(nn.Module):
         for name in PARAMETERS:
             self._parameters.pop(name, None)
             value = getattr(state, name)
-            self.register_parameter(
-                name, None if value is None else nn.Parameter(value.detach(), requires_grad=False)
-            )
+            self.register_parameter(name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
         for name in BUFFERS:
             self._buffers.pop(name, None)
             if (value := getattr(state, name)) is not None:
@@ -207,15 +187,19 @@ class QuantizedLayer(nn.Module):
         """The state, whose weight may be the stand-in."""
         if self._scheme is None:
             raise LDMQError("this layer is not quantized; it has no LayerState")
-        tensors = {name: self._parameters.get(name, self._buffers.get(name)) for name in PARAMETERS + BUFFERS}
-        return LayerState(self._scheme, **{n: t.detach() for n, t in tensors.items() if t is not None})
+        return LayerState(self._scheme, **{name: tensor.detach() for name, tensor in self._held().items()})
+
+    def _held(self) -> dict[str, Tensor]:
+        """Every tensor that is there, by name."""
+        found = {name: self._parameters.get(name, self._buffers.get(name)) for name in PARAMETERS + BUFFERS}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def _codes(self) -> Tensor:
         """The weight codes on the weight's device, wherever they are now."""
         weight = self._parameters["weight"]
         assert weight is not None
         pack = self._pack
-        if pack is None or weight.is_meta or not (weight.data_ptr() == pack.pointer or _is_stand_in(weight)):
+        if pack is None or weight.is_meta or not is_stand_in(weight, pack):
             return weight.detach()
         return pack.backend.unpack(pack.data).to(weight.device)
 
@@ -245,16 +229,9 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         self._restore()
         weight, given = self._parameters["weight"], state_dict.get(prefix + "weight")
-        if (
-            self._scheme is not None
-            and weight is not None
-            and given is not None
-            and given.dtype != weight.dtype
-        ):
+        if self._scheme is not None and weight is not None and given is not None and given.dtype != weight.dtype:
             # copy_ would cast and truncate without a word
-            error_msgs.append(
-                f"{prefix}weight: {weight.dtype} codes expected, found {given.dtype}; quantize it first"
-            )
+            error_msgs.append(f"{prefix}weight: {weight.dtype} codes expected, found {given.dtype}; quantize it first")
             return
         lists = (missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
@@ -301,12 +278,3 @@ class _StraightThrough(torch.autograd.Function):
 
 def _parent(layer: nn.Module) -> type[nn.Module]:
     return nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    """How often a tensor was written to; unknown for those made in inference mode."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _is_stand_in(weight: Tensor) -> bool:
-    return weight.numel() > 0 and bool((weight == STAND_IN[weight.dtype]).all())

@@ -1,0 +1,50 @@
+"""A layer in a backend's form, the stand-in its weight becomes meanwhile, and how a change is noticed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+
+# A stand-in is filled with what real codes are not: int8 codes stop at -127, and no weight has -8 as its
+# every 4-bit code. So a stand-in is still known as one after somebody copied it to another device.
+STAND_IN = {torch.int8: -128, torch.uint8: 0}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pack:
+    """A layer in a backend's form, and what it was made of: any change to those makes it stale."""
+
+    backend: Backend
+    data: Any
+    device: torch.device
+    stand_in: Tensor  # kept alive, so that its address is nobody else's
+    made_of: tuple[tuple[str, Tensor | None, int | None, int], ...]  # name, tensor, version, address
+
+
+def make_stand_in(weight: Tensor) -> Tensor:
+    """One element of `weight`'s dtype and device, to be expanded to its shape."""
+    return torch.full((1,), STAND_IN[weight.dtype], dtype=weight.dtype, device=weight.device)
+
+
+def identity(name: str, tensor: Tensor | None) -> tuple[str, Tensor | None, int | None, int]:
+    """What tells that a tensor is still the same: itself, how often it was written to (unknown for those made in
+    inference mode), its address. Writing through `.data` escapes, as it escapes autograd."""
+    if tensor is None:
+        return name, None, None, 0
+    return name, tensor, None if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+def leave_file(tensor: Tensor) -> None:
+    """Tensors of one safetensors file share its mapping: the last of them holds all of it in memory."""
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        tensor.data = tensor.detach().clone()
+
+
+def is_stand_in(weight: Tensor, pack: Pack) -> bool:
+    """Also for a copy of it, on whatever device."""
+    if weight.data_ptr() == pack.stand_in.data_ptr():
+        return True
+    return weight.dtype in STAND_IN and weight.numel() > 0 and bool((weight == STAND_IN[weight.dtype]).all())
