@@ -90,6 +90,12 @@ class Source:
     def read(self, name: str) -> bytes:
         return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
 
+    def read_text(self, name: str) -> str:
+        try:
+            return self.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise TrainingError(f"{name} of {self.path} is not UTF-8 text") from error
+
 
 def load_captioned_images(path: Path, size: int, subset: str) -> CaptionedImages:
     """Every usable picture, `size` pixels square; the subset "familiar" keeps well-known emoji only."""
@@ -129,7 +135,7 @@ def _refuse_uncaptioned(source: Source, uncaptioned: list[str], total: int) -> N
 
 def _from_metadata(source: Source) -> list[Record]:
     records = []
-    for number, line in enumerate(source.read("metadata.jsonl").decode().splitlines(), start=1):
+    for number, line in enumerate(source.read_text("metadata.jsonl").splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -149,7 +155,7 @@ def _from_text_files(source: Source, pictures: Iterable[str]) -> list[Record]:
     for picture in pictures:
         text_file = PurePosixPath(picture).with_suffix(".txt").as_posix()
         if text_file in names:
-            records.append(Record(picture, source.read(text_file).decode().strip().lower()))
+            records.append(Record(picture, source.read_text(text_file).strip().lower()))
     return records
 
 
@@ -157,7 +163,7 @@ def _square(source: Source, name: str, size: int) -> np.ndarray:
     """The picture on white, padded to a square and resized: uint8 [size, size, 3]."""
     try:
         picture = Image.open(io.BytesIO(source.read(name))).convert("RGBA")
-    except OSError as error:
+    except (OSError, zipfile.BadZipFile) as error:
         raise TrainingError(f"picture {name} of {source.path} cannot be read: {error}") from error
     side = max(picture.size)
     square = Image.new("RGBA", (side, side), (255, 255, 255, 255))

@@ -130,7 +130,7 @@ def main(
         pipeline = workspace.export()
         if pipeline:
             log.info("pipeline saved in %s", pipeline)
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 
