@@ -81,11 +81,7 @@ def float_model(kind: str) -> UNet2DConditionModel:
     if kind == "bundled":
         return UNet2DConditionModel.from_pretrained(BUNDLED).eval()
     torch.manual_seed(0)
-    return UNet2DConditionModel.from_config(sd15_config()).eval()
-
-
-def sd15_config() -> dict[str, Any]:
-    return {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
 
 
 def step_inputs(model: UNet2DConditionModel, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -106,7 +102,7 @@ def measured_ranges(model: UNet2DConditionModel) -> dict[str, tuple[Tensor, Tens
     """(lowest, highest) input of every quantizable layer in one float step."""
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: ranges.update({name: args[0].aminmax()}))
+        layer.register_forward_pre_hook(lambda _, args, name=name: ranges.update([(name, args[0].aminmax())]))
         for name, layer in quantizable(model).items()
     ]
     step(model, step_inputs(model, torch.float32))
@@ -122,8 +118,7 @@ def quantizable(model: nn.Module) -> dict[str, nn.Module]:
 def min_max_state(layer: nn.Module, scheme: Scheme, limits: tuple[Tensor, Tensor], dtype: torch.dtype) -> LayerState:
     """State of a float layer by simple min-max: affine where the input is one-sided or not."""
     assert scheme.weight is not None
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
+    weight, bias = layer.get_parameter("weight"), layer._parameters["bias"]
     codes, scale = affine.quantize_weight(weight, affine.weight_qparams(weight, scheme.weight), scheme.weight)
     held = None if bias is None else bias.detach().to(dtype)
     if not scheme.is_static or scheme.activation is None:
@@ -140,7 +135,7 @@ def made(variant: Variant, model: UNet2DConditionModel, ranges: dict[str, Any]) 
             state = min_max_state(layer, parse_scheme(variant.scheme), ranges[name], variant.dtype)
             changed.set_submodule(name, quantize_layer(layer, state))
     # not diffusers' own .to(), which warns about dtypes
-    changed = nn.Module.to(changed, dtype=variant.dtype, memory_format=torch.channels_last)
+    nn.Module.to(changed, dtype=variant.dtype, memory_format=torch.channels_last)  # pyright: ignore
     with native(variant.native):
         step(changed, step_inputs(changed, variant.dtype))
     return changed
@@ -173,7 +168,12 @@ def timed(models: dict[str, UNet2DConditionModel], rounds: int) -> dict[str, lis
 def save_for_memory(variant: Variant, model: UNet2DConditionModel, folder: Path) -> None:
     states = {name: layer.scheme.name for name, layer in quantized_layers(model).items()}
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    head = {"config": {k: v for k, v in model.config.items() if not k.startswith("_")}, "schemes": states, "dtype": str(variant.dtype)[6:], "native": variant.native}
+    head = {
+        "config": {k: v for k, v in model.config.items() if not k.startswith("_")},
+        "schemes": states,
+        "dtype": str(variant.dtype)[6:],
+        "native": variant.native,
+    }
     (folder / "head.json").write_text(json.dumps(head, default=str))
 
 
@@ -191,8 +191,10 @@ def grow(folder: Path) -> tuple[float, float]:
     before = rss()[0]
     head = json.loads((folder / "head.json").read_text())
     with torch.device("meta"):
-        model = UNet2DConditionModel.from_config(head["config"]).eval()
-    tensors = load_file(folder / "model.safetensors")
+        model = UNet2DConditionModel(**head["config"]).eval()
+    # loading casts the float rest, so that only codes still point into the mapped file
+    file = load_file(folder / "model.safetensors")
+    tensors = {key: tensor.clone() if tensor.is_floating_point() else tensor for key, tensor in file.items()}
     for name, scheme in head["schemes"].items():
         layer = model.get_submodule(name)
         fresh = QUANTIZABLE[type(layer)].__new__(QUANTIZABLE[type(layer)])
@@ -201,8 +203,8 @@ def grow(folder: Path) -> tuple[float, float]:
         fresh.prepare(parse_scheme(scheme), own)
         model.set_submodule(name, fresh)
     model.load_state_dict(tensors, assign=True)
-    del tensors
-    model = nn.Module.to(model, memory_format=torch.channels_last)
+    del tensors, file
+    nn.Module.to(model, memory_format=torch.channels_last)  # pyright: ignore
     with native(head["native"]):
         step(model, step_inputs(model, getattr(torch, head["dtype"])))
     now, peak = rss()
