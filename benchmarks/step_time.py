@@ -101,8 +101,12 @@ def step(model: UNet2DConditionModel, inputs: dict[str, Tensor]) -> Tensor:
 def measured_ranges(model: UNet2DConditionModel) -> dict[str, tuple[Tensor, Tensor]]:
     """(lowest, highest) input of every quantizable layer in one float step."""
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        ranges[name] = x.aminmax()
+
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: ranges.update([(name, args[0].aminmax())]))
+        layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
         for name, layer in quantizable(model).items()
     ]
     step(model, step_inputs(model, torch.float32))
