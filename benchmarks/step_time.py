@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,13 +102,10 @@ def measured_ranges(model: UNet2DConditionModel) -> dict[str, tuple[Tensor, Tens
     """(lowest, highest) input of every quantizable layer in one float step."""
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def look(name: str, x: Tensor) -> None:
-        ranges[name] = x.aminmax()
+    def looking_at(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: ranges.update([(name, (inputs[0].amin(), inputs[0].amax()))])
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
-        for name, layer in quantizable(model).items()
-    ]
+    hooks = [layer.register_forward_pre_hook(looking_at(name)) for name, layer in quantizable(model).items()]
     step(model, step_inputs(model, torch.float32))
     for hook in hooks:
         hook.remove()
