@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .artifacts import Plan, Profile, Report
+from .artifacts import Block, Plan, Profile, Report
 from .errors import LDMQError
 from .metrics import psnr_db, sqnr_db, ssim
 
@@ -94,6 +94,7 @@ def plot_sqnr(path: str | os.PathLike[str], profile: Profile, plan: Plan, report
 
 def _block_panel(axes: Any, profile: Profile, plan: Plan) -> None:
     names = [block.name for block in profile.table.blocks]
+    labels = [f"{b.name} (float)" if _all_float(b, plan) else b.name for b in profile.table.blocks]
     curve = [sqnr_db(1.0, nsr) for nsr in profile.curve.nsr()]
     heights = [db if math.isfinite(db) else math.nan for db in curve]
     axes.plot(range(len(names)), heights, "o-", color=COLOURS[0], markersize=4, label="blocks so far quantized")
@@ -107,12 +108,16 @@ def _block_panel(axes: Any, profile: Profile, plan: Plan) -> None:
         axes.axvspan(start, len(names) - 0.5, color=COLOURS[2], alpha=0.12)
         axes.axvline(start, color=COLOURS[2], linestyle="--", label="cut-off: the rest runs in higher precision")
     axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
     axes.set_xlabel("block, in the order in which they run")
     axes.set_ylabel("SQNR at the denoiser's output (dB)")
     axes.set_title(f"Where the noise enters: blocks quantized to {profile.curve.scheme} one after another")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
+
+
+def _all_float(block: Block, plan: Plan) -> bool:
+    return all(plan.layers[name].scheme == "float" for name in block.layers)
 
 
 def _timestep_panel(axes: Any, reports: dict[str, Report]) -> None:
@@ -124,7 +129,8 @@ def _timestep_panel(axes: Any, reports: dict[str, Report]) -> None:
     axes.set_ylabel("SQNR at the denoiser's output (dB)")
     axes.set_title("What the quantized model reaches, on prompts it has not seen")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    if reports:
+        axes.legend(fontsize=9)
 
 
 def comparison_sheet(path: str | os.PathLike[str], rows: dict[str, list[Image.Image]], captions: Sequence[str]) -> None:

@@ -43,7 +43,7 @@ def sample_pictures(
             what["callback_on_step_end"] = _step_counter(progress, number, len(starts))
         made = pipe(**what, generator=generators(sampling.seed + start, len(chunk)))
         pictures += made.images
-        if progress:
+        if progress and "callback_on_step_end" not in accepted:
             progress(number + 1, len(starts))
     return pictures
 
@@ -85,7 +85,7 @@ def _step_counter(progress: Progress, number: int, calls: int) -> Callable[..., 
     """A diffusers callback that reports steps of all pipeline calls, of which this is the `number`-th."""
 
     def count(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        progress(number * pipe.num_timesteps + step, calls * pipe.num_timesteps)
+        progress(number * pipe.num_timesteps + step + 1, calls * pipe.num_timesteps)
         return values
 
     return count

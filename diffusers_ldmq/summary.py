@@ -108,18 +108,19 @@ def summary_table(summary: Summary) -> Table:
         ratio = summary.file_bytes / report.fp32_bytes
         table.add_row("  on disk, plan included", "", f"{mb(summary.file_bytes)} = {ratio:.3f}x of fp32")
     if summary.times:
-        for row in _time_rows(summary.times, summary.cpu):
+        for row in _time_rows(summary.times):
             table.add_row(*row)
-    table.add_row("output SQNR (higher is better)", "", _sqnr(report))
+        table.caption, table.caption_justify = _timed_how(summary.times, summary.cpu), "left"
+    table.add_row("output SQNR", "", _sqnr(report))
     if summary.uniform:
-        table.add_row("  every layer uniform instead", "", _sqnr(summary.uniform))
+        table.add_row("  uniform plan instead", "", _sqnr(summary.uniform))
     if summary.pictures:
         scores = summary.pictures
         psnr = f"mean {scores.mean_psnr_db:.1f} dB, worst {scores.worst_psnr_db:.1f} dB"
-        table.add_row(f"PSNR of {len(scores.ssim)} pictures", "", psnr)
-        table.add_row(f"SSIM of {len(scores.ssim)} pictures", "", _ssim(scores))
-    table.add_row("int8 x int8 multiply-accumulates", "0 %", f"{100 * report.int8_macs:.1f} %")
-    table.add_row("Linear and Conv2d layers", f"{sum(report.schemes.values())} float", layer_lines(report))
+        table.add_row(f"PSNR, {len(scores.ssim)} pictures", "", psnr)
+        table.add_row(f"SSIM, {len(scores.ssim)} pictures", "", _ssim(scores))
+    table.add_row("int8 multiply-adds", "0 %", f"{100 * report.int8_macs:.1f} %")
+    table.add_row("layers", f"{sum(report.schemes.values())} Linear and Conv2d", layer_lines(report))
     table.add_row("calibration", "", _calibration(report))
     return table
 
@@ -160,19 +161,21 @@ def _calibration(report: Report) -> str:
     )
 
 
-def _time_rows(times: StepTimes, cpu: str | None) -> list[tuple[str, str, str]]:
-    where = f"{cpu or times.device}, {times.threads} threads" if times.device == "cpu" else times.device
-    float_time, quantized = times.versions[FLOAT], times.versions[QUANTIZED]
-    rows = [
-        (
-            f"seconds per step, same dtype\n  ({times.rows} rows, {where})",
-            _time(float_time),
-            f"{_time(quantized)}: {_faster(times.speedup(QUANTIZED, FLOAT))}",
-        )
-    ]
+def _timed_how(times: StepTimes, cpu: str | None) -> str:
+    where = f"{cpu or 'CPU'}, {times.threads} threads" if times.device == "cpu" else times.device
+    return (
+        f"A step is one denoiser call on {times.rows} rows (guidance makes two rows per picture), measured on {where}; "
+        f"median of {times.rounds}, versions in turn."
+    )
+
+
+def _time_rows(times: StepTimes) -> list[tuple[str, str, str]]:
+    same = times.speedup(QUANTIZED, FLOAT)
     best, speedup = times.versions[FLOAT_BEST], times.speedup(_best(times), FLOAT_BEST)
-    told = f"{_time(times.versions[_best(times)])}: {_faster(speedup)}"
-    rows.append(("seconds per step, each in its\n  fastest dtype", _time(best), told))
+    rows = [
+        ("seconds per step", _time(times.versions[FLOAT]), f"{_time(times.versions[QUANTIZED])}: {_faster(same)}"),
+        ("  fastest dtype", _time(best), f"{_time(times.versions[_best(times)])}: {_faster(speedup)}"),
+    ]
     if speedup < 1:
         rows.append(("  why not faster", "", _why_slower(times)))
     return rows
@@ -198,7 +201,7 @@ def _time(time: StepTime) -> str:
 
 
 def _faster(ratio: float) -> str:
-    return f"{ratio:.2f}x the float speed"
+    return f"{ratio:.2f}x as fast"
 
 
 def scores_table(scores: PictureScores, captions: Sequence[str]) -> Table:
