@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -135,13 +136,26 @@ class Recording:
 
 
 def run(denoiser: nn.Module, batch: Batch) -> Tensor:
-    """The denoiser's output for a batch, at the denoiser's own dtype and device, as fp32 on the CPU."""
+    """The denoiser's output for a batch, without dropout, at its own dtype and device, as fp32 on the CPU."""
     reference = next((p for p in denoiser.parameters() if p.is_floating_point()), None)
     dtype = reference.dtype if reference is not None else torch.float32
     device = reference.device if reference is not None else torch.device("cpu")
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(denoiser):
         output = denoiser(**_cast(batch.kwargs, dtype, device))
     return (output[0] if isinstance(output, (tuple, list)) else output.sample).float().cpu()
+
+
+@contextmanager
+def evaluating(denoiser: nn.Module) -> Iterator[None]:
+    """The denoiser without dropout while the context is open; models built by hand are in training mode."""
+    training = [module for module in denoiser.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -16,12 +16,14 @@ from .errors import RecordingError
 IMAGE_ARGUMENTS = ("image", "mask_image", "control_image", "video")
 IMAGES = 32
 """Images to record where the user names none; they are dealt to three sets."""
+LEAST_CALLS = 4
+"""Calls that three disjoint sets need at least: two to calibrate, one to select, one to verify."""
 
 
 def default_inputs(
     pipe: Any, prompts: Sequence[str] | None = None, *, steps: int | None = None, seed: int = 0, batch: int = 8
 ) -> list[dict[str, Any]]:
-    """`__call__` arguments for recording `pipe`, `batch` images a call, seeds counting up from `seed`.
+    """`__call__` arguments for recording `pipe`, at most `batch` images a call, seeds counting up from `seed`.
 
     Text pipelines get `prompts` (default: 32 captions of ours), class-conditional ones random labels, others seeds.
     Raises RecordingError for a pipeline that needs images, and for prompts where the pipeline takes none.
@@ -37,6 +39,7 @@ def default_inputs(
         raise RecordingError(f"{type(pipe).__name__} takes no prompts; leave --prompts out")
     every = _values(pipe, prompts, seed)
     common = {"num_inference_steps": steps} if steps and "num_inference_steps" in accepted else {}
+    batch = max(1, min(batch, len(every) // LEAST_CALLS))
     calls = [every[i : i + batch] for i in range(0, len(every), batch)]
     return [
         {**_argument(accepted, chunk), **common, "seed": seed + index * batch} for index, chunk in enumerate(calls)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, Recording, flatten, tensor_key
+from .calls import Call, Recording, evaluating, flatten, tensor_key
 from .errors import RecordingError
 from .families import find_denoiser
 
@@ -37,8 +37,8 @@ def record_calls(
     """Record the denoiser calls of pipeline calls, one per entry of `inputs` (keyword arguments of `__call__`).
 
     The inputs are dealt to three disjoint sets; with fewer than four, each is repeated with fresh seeds.
-    An entry's 'seed' (default: counts up from `seed`) seeds the noise of its images. With selection
-    'first-step' the calibrating runs end after the first step.
+    An entry's 'seed' (default: counts up from `seed`, past those that other entries have) seeds the noise of its
+    images. With selection 'first-step' the calibrating runs end after the first step.
 
     Raises RecordingError if the pipeline has no known denoiser, an argument cannot be recorded, or the denoiser's
     output holds NaN or Inf.
@@ -50,7 +50,7 @@ def record_calls(
     recorder = _Recorder(denoiser)
     for number, (name, kwargs) in enumerate(jobs):
         recorder.start(name, number, image_count(kwargs), first_only=name == "calibrate" and selection == "first-step")
-        with recorder.listening():
+        with recorder.listening(), evaluating(denoiser):
             _call(pipe, kwargs)
         if progress:
             progress(number + 1, len(jobs))
@@ -58,15 +58,16 @@ def record_calls(
 
 
 def _deal(inputs: list[dict[str, Any]], seed: int) -> list[tuple[str, dict[str, Any]]]:
-    """(set, keyword arguments with a 'seed') of every pipeline call; seeds never repeat across sets."""
+    """(set, keyword arguments with a 'seed') of every pipeline call; seeds given here are used only once."""
     while len(inputs) < len(SHARES):
         logger.warning("only %d input(s): repeating them with other seeds to fill three sets", len(inputs))
         inputs = inputs + [{k: v for k, v in entry.items() if k != "seed"} for entry in inputs]
-    jobs, next_seed = [], seed
+    jobs, next_seed = [], max([seed, *(int(e["seed"]) + image_count(e) for e in inputs if "seed" in e)])
     for index, entry in enumerate(inputs):
         entry = dict(entry)
-        entry.setdefault("seed", next_seed)
-        next_seed += image_count(entry)
+        if "seed" not in entry:
+            entry["seed"] = next_seed
+            next_seed += image_count(entry)
         jobs.append((SHARES[index * len(SHARES) // len(inputs)], entry))
     return jobs
 

@@ -1,6 +1,7 @@
 """Real pipelines, made once: the bundled trained model, and tiny random ones of other kinds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from diffusers_ldmq import Profile, Recording, profile_sqnr, record_calls
+from diffusers_ldmq import Plan, Profile, Recording, calibrate, profile_sqnr, quantize, record_calls
+from diffusers_ldmq.artifacts import Block, BlockCurve, LayerChoice, LayerInfo, LayerNoise, LayerTable
 from diffusers_ldmq.demo import demo_captions, demo_model
-from diffusers_ldmq.families import find_denoiser
+from diffusers_ldmq.families import find_denoiser, layer_table
+from diffusers_ldmq.plugin import attach
+from diffusers_ldmq.specs import SCHEMES
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where cores are shared
 diffusers_logging.disable_progress_bar()
@@ -100,6 +104,18 @@ def make() -> Callable[[str], Any]:
     return lambda kind: MAKERS[kind]()
 
 
+@pytest.fixture
+def denoiser_of() -> Callable[[str], Any]:
+    """kind -> a fresh float denoiser."""
+    return lambda kind: find_denoiser(MAKERS[kind]())[1]
+
+
+@pytest.fixture
+def inputs_of() -> Callable[[str], list[dict[str, Any]]]:
+    """kind -> the `__call__` arguments that its recording was made with."""
+    return lambda kind: [dict(entry) for entry in INPUTS[kind]]
+
+
 @pytest.fixture(scope="session")
 def recordings() -> Callable[[str], Recording]:
     """kind -> its recording with every calibrating step, made once."""
@@ -136,3 +152,83 @@ def quantized_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outcome = quantize_pipeline(pipe, few_inputs())
     save_pipeline(pipe, folder, outcome=outcome)
     return folder
+
+
+def mixed(denoiser: Any) -> Plan:
+    """A plan with every scheme in turn, so that each occurs."""
+    table = layer_table(denoiser)
+    schemes = (*SCHEMES, "w4a16-g8")
+    layers = {
+        info.name: LayerChoice(schemes[index % len(schemes)], "in turn") for index, info in enumerate(table.layers)
+    }
+    return Plan(table.denoiser, table.fingerprint, "test", layers)
+
+
+@pytest.fixture
+def mixed_plan() -> Callable[[Any], Plan]:
+    """denoiser -> a plan with every scheme in turn."""
+    return mixed
+
+
+@pytest.fixture
+def mixed_denoiser(recordings: Callable[[str], Recording]) -> Callable[[str], Any]:
+    """kind -> a fresh denoiser quantized with every scheme in turn, ready to be saved."""
+
+    def make(kind: str) -> Any:
+        denoiser = find_denoiser(MAKERS[kind]())[1]
+        quantize(denoiser, calibrate(denoiser, mixed(denoiser), recordings(kind), observer="minmax"))
+        attach(denoiser)
+        return denoiser
+
+    return make
+
+
+@dataclass(frozen=True)
+class Toy:
+    """One block of a hand-made profile: a single 100x100 Linear layer called '<name>.layer'.
+
+    nsr: noise-to-signal power at the output with all blocks up to this one quantized; the rest in dB at the layer.
+    """
+
+    name: str
+    nsr: float
+    part: str = "decoder"
+    macs: int = 100
+    keep_float: bool = False
+    weight_db: float = 40.0
+    activation_db: float = 30.0
+    static_db: float = 30.0
+    dynamic_db: float = 30.0
+
+
+def profile_of(toys: Sequence[Toy]) -> Profile:
+    """The hand-made profile with those blocks."""
+    layers = tuple(LayerInfo(f"{t.name}.layer", "Linear", (100, 100), False, t.macs, t.keep_float) for t in toys)
+    blocks = tuple(Block(t.name, t.part, (f"{t.name}.layer",)) for t in toys)
+    noises = tuple(
+        LayerNoise(
+            f"{t.name}.layer",
+            (1.0,),
+            {
+                "w8a16": (10 ** (-t.weight_db / 10),),
+                "a8": (10 ** (-t.activation_db / 10),),
+                "w8a8": (10 ** (-t.static_db / 10),),
+                "w8a8-dyn": (10 ** (-t.dynamic_db / 10),),
+            },
+        )
+        for t in toys
+    )
+    table = LayerTable("Toy", "0123456789abcdef", blocks, layers, 0)
+    return Profile(table, (999.0,), noises, BlockCurve("w8a8", (1.0,), tuple((t.nsr,) for t in toys)), {})
+
+
+@pytest.fixture
+def toy() -> type[Toy]:
+    """A block of a hand-made profile."""
+    return Toy
+
+
+@pytest.fixture
+def toy_profile() -> Callable[[Sequence[Toy]], Profile]:
+    """Blocks -> the hand-made profile that has them."""
+    return profile_of

@@ -1,0 +1,239 @@
+"""Recording runs the pipeline's own sampling: guidance, labels, seeds, nested arguments, bad pipelines."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+
+from diffusers_ldmq import Recording, record_calls
+from diffusers_ldmq.calls import run
+from diffusers_ldmq.errors import RecordingError
+from diffusers_ldmq.inputs import with_strength
+from diffusers_ldmq.recording import generators, image_count
+
+Recordings = Callable[[str], Recording]
+Make = Callable[[str], Any]
+Inputs = Callable[[str], list[dict[str, Any]]]
+
+
+def rows_of(recording: Recording, name: Any, path: str) -> set[bytes]:
+    """Every row of an argument in the first step of a set's runs, as bytes."""
+    calls = [call for call in recording.only(name).calls if call.step == 0]
+    return {row.numpy().tobytes() for call in calls for row in recording.tensors[call.tensors[path]]}
+
+
+def test_replay_gives_the_recorded_output_bit_for_bit(
+    kind: str, denoiser_of: Make, recordings: Recordings
+) -> None:
+    denoiser, recording = denoiser_of(kind), recordings(kind)
+    assert recording.denoiser == type(denoiser).__name__
+    for call in recording.calls:
+        batch = recording.batch(call)
+        assert torch.equal(run(denoiser, batch), batch.output)
+
+
+@pytest.mark.parametrize(("kind", "halves"), [("bundled", 2), ("pixel", 1), ("dit", 2)], indirect=["kind"])
+def test_a_call_knows_its_images_with_and_without_guidance(kind: str, halves: int, recordings: Recordings) -> None:
+    for call in recordings(kind).calls:
+        assert call.images == 2
+        assert recordings(kind).tensors[call.output].shape[0] == 2 * halves
+
+
+def test_half_the_inputs_calibrate_a_quarter_selects_a_quarter_verifies(kind: str, recordings: Recordings) -> None:
+    sets = {call.run: call.set for call in recordings(kind).calls}
+    assert [sets[number] for number in sorted(sets)] == ["calibrate", "calibrate", "select", "verify"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "noise", "asked"),
+    [("bundled", "sample", "encoder_hidden_states"), ("pixel", "sample", None), ("dit", "hidden_states", None)],
+    indirect=["kind"],
+)
+def test_the_three_sets_share_neither_noise_nor_prompts(
+    kind: str, noise: str, asked: str | None, recordings: Recordings
+) -> None:
+    recording = recordings(kind)
+    sets = ("calibrate", "select", "verify")
+    seen = [rows_of(recording, name, noise) for name in sets]
+    assert len(set.union(*seen)) == sum(map(len, seen)) == 8
+    if asked:
+        prompts = [rows_of(recording, name, asked) for name in sets]
+        unconditional = set.intersection(*prompts)
+        assert len(unconditional) == 1
+        assert len(set.union(*prompts)) == 1 + 8
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_too_few_inputs_are_repeated_with_fresh_seeds(count: int, make: Make, inputs_of: Inputs) -> None:
+    inputs = [{**entry, "seed": 7 + 2 * i} for i, entry in enumerate(inputs_of("pixel")[:count])]
+    recording = record_calls(make("pixel"), inputs)
+    seen = [rows_of(recording, name, "sample") for name in ("calibrate", "select", "verify")]
+    assert all(seen)
+    assert len(set.union(*seen)) == sum(map(len, seen))
+
+
+def test_single_step_stops_the_calibrating_runs_after_their_first_step(
+    kind: str, make: Make, inputs_of: Inputs, recordings: Recordings
+) -> None:
+    inputs = inputs_of(kind)
+    recording = record_calls(make(kind), inputs, selection="first-step")
+    calibrating = recording.only("calibrate")
+    prompts = sum(image_count(entry) for entry in inputs[:2])
+    assert recording.sampler_calls["calibrate"] == len(calibrating.calls) == 2 <= prompts
+    assert calibrating.timesteps() == recording.timesteps()[:1]
+    steps = inputs[0]["num_inference_steps"]
+    assert len(recording.only("select").calls) == len(recording.only("verify").calls) == steps
+    everything = recordings(kind)
+    assert everything.sampler_calls["calibrate"] == 2 * steps
+    assert calibrating.calls[0] == everything.calls[0]  # the first step is the same one
+
+
+def test_two_recordings_are_equal(make: Make, inputs_of: Inputs, recordings: Recordings) -> None:
+    again = record_calls(make("pixel"), inputs_of("pixel"), selection="uniform")
+    assert again.calls == recordings("pixel").calls
+    assert again.tensors.keys() == recordings("pixel").tensors.keys()
+
+
+def test_progress_counts_pipeline_calls(make: Make, inputs_of: Inputs) -> None:
+    told: list[tuple[int, int]] = []
+    record_calls(make("pixel"), inputs_of("pixel"), progress=lambda done, whole: told.append((done, whole)))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+class NestedPipeline(DiffusionPipeline):
+    """A pipeline whose denoiser takes nested keyword arguments, as SDXL's does."""
+
+    def __init__(self, unet: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(self, batch_size: int = 1, generator: Any = None) -> None:
+        shape = (1, 4, 8, 8)
+        latents = torch.cat([torch.randn(shape, generator=g) for g in generator])
+        self.scheduler.set_timesteps(2)
+        for timestep in self.scheduler.timesteps:
+            conditions = {"text_embeds": torch.ones(batch_size, 8), "time_ids": torch.zeros(batch_size, 6)}
+            self.unet(
+                latents,
+                timestep,
+                encoder_hidden_states=torch.ones(batch_size, 3, 8),
+                added_cond_kwargs=conditions,
+                down_block_additional_residuals=None,
+                return_dict=False,
+            )
+
+
+def nested_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=32,
+    )
+
+
+def test_nested_keyword_arguments_are_recorded_and_replayed() -> None:
+    unet = nested_unet()
+    recording = record_calls(NestedPipeline(unet, DDIMScheduler()), [{"batch_size": 2}])
+    call = recording.calls[0]
+    assert {"added_cond_kwargs/text_embeds", "added_cond_kwargs/time_ids"} <= call.tensors.keys()
+    batch = recording.batch(call, [1])
+    assert batch.kwargs["added_cond_kwargs"]["text_embeds"].shape == (1, 8)
+    for call in recording.calls:
+        whole = recording.batch(call)
+        assert torch.equal(run(unet, whole), whole.output)
+
+
+def test_image_to_image_calibrates_at_the_noisiest_timestep(make: Make, recordings: Recordings) -> None:
+    text_to_image = make("bundled")
+    pipe = StableDiffusionImg2ImgPipeline(**text_to_image.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    entry = {"prompt": "red apple", "image": Image.new("RGB", (64, 64), "red"), "num_inference_steps": 4}
+    inputs = with_strength(pipe, [entry])
+    assert inputs[0]["strength"] == 1.0
+    recording = record_calls(pipe, inputs)
+    assert recording.only("calibrate").timesteps() == recordings("bundled").timesteps()[:1]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "count"),
+    [
+        ({"prompt": "a"}, 1),
+        ({"prompt": ["a", "b"]}, 2),
+        ({"prompt": ["a", "b"], "num_images_per_prompt": 3}, 6),
+        ({"prompt": "a", "num_images_per_prompt": 3}, 3),
+        ({"prompt_embeds": torch.zeros(4, 2, 2)}, 4),
+        ({"class_labels": [1, 2, 3]}, 3),
+        ({"batch_size": 5}, 5),
+        ({"image": [1, 2]}, 2),
+        ({}, 1),
+    ],
+    ids=lambda value: str(sorted(value)) if isinstance(value, dict) else None,
+)
+def test_image_count(inputs: dict[str, Any], count: int) -> None:
+    assert image_count(inputs) == count
+
+
+def test_an_images_noise_does_not_depend_on_its_batch() -> None:
+    alone, second = generators(6, 1)[0], generators(5, 2)[1]
+    assert torch.equal(torch.randn(4, generator=alone), torch.randn(4, generator=second))
+
+
+def hooks(module: torch.nn.Module) -> int:
+    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+
+
+def test_no_inputs_are_refused(make: Make) -> None:
+    with pytest.raises(RecordingError, match="no inputs to record"):
+        record_calls(make("pixel"), [])
+
+
+def test_an_argument_the_pipeline_lacks_is_named_beside_those_it_takes(make: Make) -> None:
+    pipe = make("pixel")
+    with pytest.raises(RecordingError, match=r"DDPMPipeline takes no argument 'prompt'.*batch_size"):
+        record_calls(pipe, [{"prompt": "red apple"}])
+    assert hooks(pipe.unet) == 0
+
+
+def test_an_output_with_nan_is_refused_and_the_hooks_are_gone(make: Make, inputs_of: Inputs) -> None:
+    pipe = make("pixel")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias[0] = torch.nan
+    with pytest.raises(RecordingError, match=r"UNet2DModel gave NaN or Inf at timestep \d+.*float32"):
+        record_calls(pipe, inputs_of("pixel"))
+    assert hooks(pipe.unet) == 0
+
+
+def test_a_pipeline_without_a_denoiser_is_refused_naming_its_models(make: Make) -> None:
+    pipe = make("dit")
+    pipe.register_modules(transformer=torch.nn.Linear(2, 2))
+    with pytest.raises(RecordingError, match=r"DiTPipeline has no denoiser.*AutoencoderKL.*known denoisers.*UNet2D"):
+        record_calls(pipe, [{"class_labels": [1]}])
+
+
+class IdlePipeline(NestedPipeline):
+    """A pipeline that never calls its denoiser."""
+
+    def __call__(self, batch_size: int = 1, generator: Any = None) -> None:
+        return None
+
+
+def test_a_denoiser_that_is_never_called_is_an_error() -> None:
+    with pytest.raises(RecordingError, match="UNet2DConditionModel was never called"):
+        record_calls(IdlePipeline(nested_unet(), DDIMScheduler()), [{}])
