@@ -130,8 +130,11 @@ def min_max_state(layer: nn.Module, scheme: Scheme, limits: tuple[Tensor, Tensor
 
 def made(variant: Variant, model: UNet2DConditionModel, ranges: dict[str, Any]) -> UNet2DConditionModel:
     """`variant` of the float model, packed and warm."""
-    changed = copy.deepcopy(model)
-    if variant.scheme != "float":
+    replaced = quantizable(model) if variant.scheme != "float" else {}
+    shared = {id(p): p for layer in replaced.values() for p in layer.parameters()}
+    # the float variant in fp32 is the model itself: a copy of it all would only take memory
+    changed = model if variant.dtype == torch.float32 and not replaced else copy.deepcopy(model, shared)
+    if replaced:
         for name, layer in quantizable(changed).items():
             state = min_max_state(layer, parse_scheme(variant.scheme), ranges[name], variant.dtype)
             changed.set_submodule(name, quantize_layer(layer, state))

@@ -122,13 +122,18 @@ class QuantizedLayer(nn.Module):
         straight through the rounding; the integers themselves get none."""
         if self._scheme is None:
             return super().forward(input)
-        if input.requires_grad and torch.is_grad_enabled():
-            return cast(Tensor, _StraightThrough.apply(input, self))
-        return self._run(input)
+        if torch.compiler.is_compiling():
+            return _uncompiled(self, input)  # pyright: ignore
+        return self._differentiable(input)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()
         return shown if self._scheme is None else f"{shown}, scheme={self._scheme.name}, backend={self.backend_name}"
+
+    def _differentiable(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, _StraightThrough.apply(x, self))
+        return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         pack = self._pack
@@ -258,6 +263,12 @@ class QuantizedLayer(nn.Module):
             weight = nn.Parameter(self._codes(), requires_grad=False)
             state.update(_pack=None, _parameters={**self._parameters, "weight": weight})
         return state
+
+
+@torch.compiler.disable
+def _uncompiled(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Packed tensors and raw pointers mean nothing to a compiler: it works around this call."""
+    return layer._differentiable(x)
 
 
 class _StraightThrough(torch.autograd.Function):
