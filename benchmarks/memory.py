@@ -120,7 +120,9 @@ def main(
             command = [sys.executable, __file__, "--stage", name, "--folder", scratch]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[name] = json.loads(done.stdout.splitlines()[-1])
-            typer.echo(f"{name}: {', '.join(f'{k} {v / GIB:.3f} GiB' if v > 1e6 else f'{k} {v:.3f}' for k, v in found[name].items())}")
+            typer.echo(
+                f"{name}: {', '.join(f'{k} {v / GIB:.3f} GiB' if v > 1e6 else f'{k} {v:.3f}' for k, v in found[name].items())}"
+            )
     weights = found["float_step"]["weights"]
     typer.echo(f"job - float step: {(found['job']['peak'] - found['float_step']['peak']) / GIB:+.3f} GiB (limit +1)")
     typer.echo(f"growth after load and one step: {found['load']['growth'] / weights:.3f}x of the fp32 weights")
