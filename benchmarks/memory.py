@@ -100,6 +100,11 @@ def load(folder: Path) -> dict[str, float]:
     return {"growth": resident() - before, "peak_growth": high_water() - before}
 
 
+def told(figures: dict[str, float]) -> str:
+    """Figures in words; large ones are bytes."""
+    return ", ".join(f"{k} {v / GIB:.3f} GiB" if v > 1e6 else f"{k} {v:.3f}" for k, v in figures.items())
+
+
 STAGES = {"float_step": float_step, "job": job, "load": load}
 
 
@@ -120,9 +125,7 @@ def main(
             command = [sys.executable, __file__, "--stage", name, "--folder", scratch]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[name] = json.loads(done.stdout.splitlines()[-1])
-            typer.echo(
-                f"{name}: {', '.join(f'{k} {v / GIB:.3f} GiB' if v > 1e6 else f'{k} {v:.3f}' for k, v in found[name].items())}"
-            )
+            typer.echo(f"{name}: {told(found[name])}")
     weights = found["float_step"]["weights"]
     typer.echo(f"job - float step: {(found['job']['peak'] - found['float_step']['peak']) / GIB:+.3f} GiB (limit +1)")
     typer.echo(f"growth after load and one step: {found['load']['growth'] / weights:.3f}x of the fp32 weights")
