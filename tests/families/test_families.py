@@ -1,0 +1,158 @@
+"""Families: which component is the denoiser, in which order its blocks run, what stays float."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from diffusers_ldmq import Recording
+from diffusers_ldmq.calls import run
+from diffusers_ldmq.errors import PlanError, RecordingError
+from diffusers_ldmq.families import (
+    FAMILIES,
+    family_of,
+    find_denoiser,
+    fingerprint,
+    layer_table,
+    quantizable_layers,
+)
+
+Make = Callable[[str], Any]
+
+
+@pytest.mark.parametrize(
+    ("kind", "component", "family"),
+    [("bundled", "unet", "unet"), ("pixel", "unet", "unet"), ("dit", "transformer", "transformer")],
+    indirect=["kind"],
+)
+def test_the_denoiser_of_a_pipeline_is_found(kind: str, component: str, family: str, make: Make) -> None:
+    pipe = make(kind)
+    name, denoiser = find_denoiser(pipe)
+    assert name == component
+    assert denoiser is getattr(pipe, component)
+    assert family_of(denoiser).name == family
+
+
+def test_a_subclass_is_of_its_parents_family() -> None:
+    class Mine(UNet2DModel):
+        pass
+
+    assert FAMILIES["unet"].matches(Mine.__new__(Mine))
+
+
+def test_an_unknown_model_is_refused_naming_the_known_ones() -> None:
+    with pytest.raises(RecordingError, match=r"Linear is not a denoiser we know; known: .*UNet2DModel"):
+        family_of(nn.Linear(2, 2))
+
+
+def test_every_linear_and_convolution_is_in_exactly_one_block(kind: str, denoiser_of: Make) -> None:
+    denoiser = denoiser_of(kind)
+    table = layer_table(denoiser)
+    plain = {n for n, m in denoiser.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+    inside = [name for block in table.blocks for name in block.layers]
+    assert sorted(inside) == sorted(plain) == sorted(info.name for info in table.layers)
+    assert len({block.name for block in table.blocks}) == len(table.blocks)
+
+
+def test_blocks_stand_in_the_order_in_which_they_run(kind: str, denoiser_of: Make, recordings: Any) -> None:
+    denoiser, recording = denoiser_of(kind), recordings(kind)
+    order: dict[str, None] = {}
+    owner = {name: block.name for block in layer_table(denoiser).blocks for name in block.layers}
+    for name, layer in quantizable_layers(denoiser).items():
+        layer.register_forward_hook(lambda *_, name=name: order.setdefault(owner[name]))
+    run(denoiser, recording.batch(recording.calls[0]))
+    named = [block.name for block in layer_table(denoiser).blocks]
+    assert [name for name in order if name != "embeddings"] == [name for name in named if name != "embeddings"]
+
+
+def test_parts_run_from_encoder_over_middle_to_decoder(kind: str, denoiser_of: Make) -> None:
+    parts = [block.part for block in layer_table(denoiser_of(kind)).blocks]
+    expected = ["encoder", "decoder"] if kind == "dit" else ["encoder", "middle", "decoder"]
+    assert list(dict.fromkeys(parts)) == expected
+    assert parts == sorted(parts, key=expected.index)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept", "quantized"),
+    [
+        ("bundled", ["conv_in", "conv_out", "time_embedding.linear_1"], ["mid_block.resnets.0.conv1"]),
+        ("pixel", ["conv_in", "conv_out", "down_blocks.0.resnets.0.time_emb_proj"], ["up_blocks.0.resnets.0.conv1"]),
+        ("dit", ["proj_out_1", "pos_embed.proj", "transformer_blocks.0.norm1.linear"], ["transformer_blocks.1.attn1.to_q"]),
+    ],
+    indirect=["kind"],
+)  # fmt: skip
+def test_time_path_and_ends_stay_float_by_default(
+    kind: str, kept: list[str], quantized: list[str], denoiser_of: Make
+) -> None:
+    table = layer_table(denoiser_of(kind))
+    assert all(table.layer(name).keep_float for name in kept)
+    assert not any(table.layer(name).keep_float for name in quantized)
+    assert re.search(family_of(denoiser_of(kind)).keep_float, kept[0])
+
+
+def test_the_table_counts_every_parameter(kind: str, denoiser_of: Make) -> None:
+    denoiser = denoiser_of(kind)
+    table = layer_table(denoiser)
+    counted = sum(info.parameters + info.bias * info.shape[0] for info in table.layers) + table.other_parameters
+    assert counted == sum(p.numel() for p in denoiser.parameters())
+    for info in table.layers:
+        layer = denoiser.get_submodule(info.name)
+        assert info.shape == tuple(layer.weight.shape)
+        assert info.kind == type(layer).__name__
+        assert info.bias == (layer.bias is not None)
+
+
+def test_the_fingerprint_tells_shapes_apart_but_not_weights(denoiser_of: Make) -> None:
+    denoiser = denoiser_of("pixel")
+    before = fingerprint(quantizable_layers(denoiser))
+    with torch.no_grad():
+        denoiser.conv_in.weight.add_(1)
+    assert fingerprint(quantizable_layers(denoiser)) == before
+    denoiser.conv_in = nn.Conv2d(3, 16, 1)
+    assert fingerprint(quantizable_layers(denoiser)) != before
+
+
+def test_the_fingerprint_and_shapes_stay_when_the_layers_hold_integers(mixed_denoiser: Make, denoiser_of: Make) -> None:
+    float_table, mixed_table = layer_table(denoiser_of("pixel")), layer_table(mixed_denoiser("pixel"))
+    assert mixed_table.fingerprint == float_table.fingerprint
+    assert mixed_table.layers == float_table.layers
+
+
+def test_padding_other_than_zeros_is_not_quantizable() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), nn.Conv2d(2, 2, 3), nn.Linear(2, 2))
+    assert list(quantizable_layers(model)) == ["1", "2"]
+
+
+def test_a_layer_class_with_a_forward_of_its_own_is_left_alone() -> None:
+    class Odd(nn.Linear):
+        pass
+
+    assert quantizable_layers(nn.Sequential(Odd(2, 2), nn.Linear(2, 2))).keys() == {"1"}
+
+
+def test_a_layer_that_the_model_lacks_is_named(denoiser_of: Make) -> None:
+    with pytest.raises(PlanError, match="UNet2DModel has no Linear or Conv2d layer 'absent'"):
+        layer_table(denoiser_of("pixel")).layer("absent")
+
+
+def test_stable_diffusions_own_shape_is_read_right(recordings: Callable[[str], Recording]) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    table = layer_table(unet)
+    assert table.denoiser == "UNet2DConditionModel"
+    # conv_in, 22 resnets, 16 transformers, 3 + 3 samplers, conv_out, embeddings
+    assert len(table.blocks) == 1 + 22 + 16 + 6 + 1 + 1
+    assert [block.name for block in table.blocks[:5]] == [
+        "embeddings",
+        "conv_in",
+        "down_blocks.0.resnets.0",
+        "down_blocks.0.attentions.0",
+        "down_blocks.0.resnets.1",
+    ]
+    assert table.blocks[-1].name == "conv_out"
+    middle = [block.name for block in table.blocks if block.part == "middle"]
+    assert middle == ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
