@@ -14,7 +14,7 @@ def test_versions_are_named_and_timed(make: Callable[[str], Any], recordings: Ca
     recording = recordings("pixel")
     batch = recording.batch(recording.calls[0])
     plain, other = (find_denoiser(make("pixel"))[1] for _ in range(2))
-    other.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    other.to(torch.bfloat16).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     times = seconds_per_step({"a": plain, "b": other}, batch, rounds=3)
     assert times.versions["a"].dtype == "float32"
     assert times.versions["b"].dtype == "bfloat16"

@@ -10,7 +10,7 @@ MODEL = "emoji-sd"
 def demo_model() -> Path:
     """Folder of the bundled pipeline: 64x64 emoji from their names, an ordinary diffusers folder."""
     # a package that holds 30 MB of weights is always installed unpacked, so the resource is a real folder
-    return Path(str(resources.files(__package__).joinpath(MODEL)))
+    return Path(str(resources.files(__name__).joinpath(MODEL)))
 
 
 def demo_captions() -> list[str]:
