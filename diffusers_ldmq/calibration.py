@@ -53,8 +53,10 @@ def calibrate(
 
 
 def check_plan(plan: Plan, denoiser: nn.Module) -> None:
-    """Raise PlanError unless the plan was made for a model with exactly this denoiser's layers."""
+    """Raise PlanError unless the plan quantizes something and was made for a model with exactly these layers."""
     layers = quantizable_layers(denoiser)
+    if not plan.quantized():
+        raise PlanError("the plan leaves every layer in floating point, so there is nothing to quantize; plan again")
     missing = [name for name in plan.quantized() if name not in layers]
     if missing:
         raise PlanError(

@@ -1,5 +1,6 @@
 """Stage 3: from a profile and a target to the scheme of every layer, and one block higher when that was not enough."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from .artifacts import LayerChoice, LayerTable, Plan, Profile
@@ -50,19 +51,29 @@ def kept_layers(table: LayerTable, keep_float: str | tuple[str, ...]) -> frozens
 
 
 def raise_plan(plan: Plan, profile: Profile) -> Plan | None:
-    """The plan with one more block, counted from the output, in higher precision; None if nothing is left to raise.
+    """The plan with one more block, counted from the output, in higher precision; None if that would leave nothing
+    quantized.
 
     When every block is raised, weight-only layers become float, again block by block.
     """
-    for block in reversed(profile.table.blocks):
-        low = [n for n in block.layers if parse_scheme(plan.layers[n].scheme).is_integer]
-        if low:
-            return _with(plan, {n: _raised(profile, n) for n in low}, block.name)
-    for block in reversed(profile.table.blocks):
-        coarse = [n for n in block.layers if plan.layers[n].scheme != "float"]
-        if coarse:
-            return _with(plan, {n: LayerChoice("float", "raised to meet the target") for n in coarse}, block.name)
+    for block, choices in _steps(plan, profile):
+        raised = _with(plan, choices, block)
+        if raised.quantized():
+            return raised
     return None
+
+
+def _steps(plan: Plan, profile: Profile) -> Iterator[tuple[str, dict[str, LayerChoice]]]:
+    """(block, choices) of every single raise that the plan allows, the next one first."""
+    quantized, blocks = plan.quantized(), profile.table.blocks[::-1]
+    for block in blocks:
+        low = [n for n in block.layers if n in quantized and parse_scheme(quantized[n]).is_integer]
+        if low:
+            yield block.name, {n: _raised(profile, n) for n in low}
+    for block in blocks:
+        coarse = [n for n in block.layers if n in quantized]
+        if coarse:
+            yield block.name, {n: LayerChoice("float", "raised to meet the target") for n in coarse}
 
 
 def _raised(profile: Profile, name: str) -> LayerChoice:

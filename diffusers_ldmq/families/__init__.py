@@ -56,18 +56,17 @@ def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def layer_table(denoiser: nn.Module, macs: dict[str, int] | None = None) -> LayerTable:
-    """The denoiser as planners see it. macs: layer name -> multiply-accumulates per image (0 where unknown)."""
+    """The denoiser, float or quantized, as planners see it. macs: layer name -> multiply-accumulates per image (0 where unknown)."""
     family = family_of(denoiser)
     layers = quantizable_layers(denoiser)
     infos = [_info(name, layer, family, (macs or {}).get(name, 0)) for name, layer in layers.items()]
-    inside = sum(info.parameters + (info.shape[0] if info.bias else 0) for info in infos)
-    everything = sum(p.numel() for p in denoiser.parameters())
+    own = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
     return LayerTable(
         denoiser=type(denoiser).__name__,
         fingerprint=fingerprint(layers),
         blocks=_blocks(denoiser, family, layers),
         layers=tuple(infos),
-        other_parameters=everything - inside,
+        other_parameters=sum(p.numel() for p in denoiser.parameters() if id(p) not in own),
     )
 
 

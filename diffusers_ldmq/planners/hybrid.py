@@ -36,8 +36,9 @@ class _Curve:
 
 
 def hybrid(table: LayerTable, profile: Profile | None, request: Request) -> Plan:
-    """The shortest suffix of blocks in higher precision that meets an SQNR target, the longest that meets a size
-    target; without a target, from the first sensitive decoder block on, at least 75 % of the work staying integer.
+    """Without a target, the blocks from the first sensitive decoder block on run in higher precision, at least 75 %
+    of the work staying integer; with a size target, as much of that suffix as fits; with an SQNR target, the
+    shortest suffix that meets it.
 
     Raises PlanError without a profile, or if no suffix meets the target.
     """
@@ -97,7 +98,7 @@ def _cut(table: LayerTable, profile: Profile, curve: _Curve, request: Request) -
             f"--keep-float none, or a larger target"
         )
     default = _cut(table, profile, curve, Request(request.scheme, request.keep_float))
-    return default if default in fitting else max(fitting)
+    return min(fitting, key=lambda cut: (abs(cut - default), -cut))
 
 
 def _schemes(table: LayerTable, profile: Profile, request: Request, cut: int) -> dict[str, str]:
