@@ -176,7 +176,7 @@ def _time_rows(times: StepTimes) -> list[tuple[str, str, str]]:
         ("seconds per step", _time(times.versions[FLOAT]), f"{_time(times.versions[QUANTIZED])}: {_faster(same)}"),
         ("  fastest dtype", _time(best), f"{_time(times.versions[_best(times)])}: {_faster(speedup)}"),
     ]
-    if speedup < 1:
+    if speedup < 0.995:  # shown as 0.99x or less
         rows.append(("  why not faster", "", _why_slower(times)))
     return rows
 

@@ -72,7 +72,7 @@ class Stages:
 def stages() -> Iterator[Stages]:
     """Bars on stderr while the context is open."""
     where = console(stderr=True)
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=where, disable=not where.is_terminal) as bars:
         yield Stages(bars)
 

@@ -73,7 +73,7 @@ def run_demo(folder: Path, progress: Progress) -> Summary:
         save_pipeline(pipe, saved, outcome=outcome)
         loaded = QuantizedLDMPipeline.from_pretrained(saved)  # what is shown below is what the folder holds
         loaded.set_progress_bar_config(disable=True)
-        after = sample_pictures(loaded, demo_prompts(), sampling, progress=_stage(progress, "sample int8"))
+        after = sample_pictures(loaded, demo_prompts(), sampling, progress=_stage(progress, "sample quantized"))
         times = _times(loaded, saved, reload, outcome, _stage(progress, "time steps"))
         summary = Summary(
             model=MODEL,
