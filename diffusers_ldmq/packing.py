@@ -37,10 +37,13 @@ def identity(name: str, tensor: Tensor | None) -> tuple[str, Tensor | None, int 
     return name, tensor, None if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
-def leave_file(tensor: Tensor) -> None:
-    """Tensors of one safetensors file share its mapping: the last of them holds all of it in memory."""
-    if tensor.untyped_storage().nbytes() > tensor.nbytes:
-        tensor.data = tensor.detach().clone()
+def leave_file(tensor: Tensor) -> Tensor:
+    """The same values outside of the file they were loaded from: the tensors of a safetensors file are views of one
+    mapping, and the smallest of them would hold all of it in memory."""
+    if tensor._base is not None:
+        return tensor.detach().clone()
+    tensor.data = tensor.detach().clone()
+    return tensor
 
 
 def is_stand_in(weight: Tensor, pack: Pack) -> bool:

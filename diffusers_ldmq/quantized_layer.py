@@ -154,15 +154,18 @@ class QuantizedLayer(nn.Module):
         return True
 
     def _packed_for(self, x: Tensor) -> Pack:
-        with _packing:
+        # what is made in inference mode could not be changed or differentiated through later
+        with _packing, torch.inference_mode(False), torch.no_grad():
             self._restore()
             weight = self._parameters["weight"]
             assert weight is not None
             if weight.device != x.device:
                 raise BackendError(f"a quantized layer on {weight.device} was given an input on {x.device}")
             for name, tensor in self._held().items():
-                if name != "weight":
-                    leave_file(tensor)
+                if name in self._buffers:
+                    self._buffers[name] = leave_file(tensor)
+                elif name == "bias":
+                    leave_file(tensor)  # a Parameter is no view
             state, backend = self._unrestored_state(), self._choose_backend()
             data = backend.pack(state, self.geometry)
             stand_in = make_stand_in(weight)

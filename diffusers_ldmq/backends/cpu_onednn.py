@@ -71,12 +71,9 @@ class CpuOneDNN(Backend):
         bias = None if state.bias is None else state.bias.float().contiguous()
         scale, step = state.weight_scale.contiguous(), input_step(state, geometry)
         if not state.scheme.is_integer:
-            codes = state.weight
-            codes = (
-                codes.contiguous(memory_format=torch.channels_last)
-                if geometry.is_conv
-                else codes.contiguous()
-            )
+            # a copy: the original may be part of a mapped file, which it would keep in memory
+            layout = torch.channels_last if geometry.is_conv else torch.contiguous_format
+            codes = state.weight.clone(memory_format=layout)
             return CodesLayer(geometry, step, codes, scale, bias, state.pre_quant_scale)
         as_linear = geometry.is_conv and _is_pointwise(geometry)
         zero_point = 0 if state.input_zero_point is None else int(state.input_zero_point)
