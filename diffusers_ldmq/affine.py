@@ -65,12 +65,7 @@ def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
 
 def qdq(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     """x after a round trip through codes: fp32, same shape. What integer compute sees of x."""
-    codes = (
-        (x.float() * qparams.scale.reciprocal())
-        .round_()
-        .add_(qparams.zero_point)
-        .clamp_(spec.qmin, spec.qmax)
-    )
+    codes = (x.float() * qparams.scale.reciprocal()).round_().add_(qparams.zero_point).clamp_(spec.qmin, spec.qmax)
     return codes.sub_(qparams.zero_point).mul_(qparams.scale)
 
 
@@ -127,9 +122,7 @@ def quantize_weight(weight: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[
     codes = codes[:, : weight[0].numel()]
     scale = qparams.scale.squeeze(-1)
     scale = scale if spec.granularity == "group" else scale.squeeze(-1)
-    return (
-        pack_int4(codes) if spec.bits == 4 else codes.reshape(weight.shape).contiguous()
-    ), scale.contiguous()
+    return (pack_int4(codes) if spec.bits == 4 else codes.reshape(weight.shape).contiguous()), scale.contiguous()
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -166,6 +159,4 @@ def dequantize_weight(state: LayerState, shape: torch.Size) -> Tensor:
     # rows of a convolution's group see that group's channels only: [groups, N/groups, C/groups, ...]
     groups = state.pre_quant_scale.numel() // shape[1]
     grouped = weight.unflatten(0, (groups, -1))
-    return grouped.mul_(state.pre_quant_scale.reshape(groups, 1, shape[1], *[1] * (len(shape) - 2))).flatten(
-        0, 1
-    )
+    return grouped.mul_(state.pre_quant_scale.reshape(groups, 1, shape[1], *[1] * (len(shape) - 2))).flatten(0, 1)

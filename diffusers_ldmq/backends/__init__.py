@@ -21,22 +21,16 @@ def refusals(state: LayerState, geometry: Geometry, device: torch.device) -> dic
     return {name: backend.refusal(state, geometry, device) for name, backend in ranked}
 
 
-def choose_backend(
-    state: LayerState, geometry: Geometry, device: torch.device, name: str | None = None
-) -> Backend:
+def choose_backend(state: LayerState, geometry: Geometry, device: torch.device, name: str | None = None) -> Backend:
     """The best backend that can run this layer on `device`, or the one called `name`.
 
     Raises BackendError with the reasons if the named one, or all, refuse; LDMQError if `name` is unknown.
     """
     reasons = (
-        refusals(state, geometry, device)
-        if name is None
-        else {name: BACKENDS[name].refusal(state, geometry, device)}
+        refusals(state, geometry, device) if name is None else {name: BACKENDS[name].refusal(state, geometry, device)}
     )
     for candidate, reason in reasons.items():
         if reason is None:
             return BACKENDS[candidate]
     told = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
-    raise BackendError(
-        f"no backend can run a {state.scheme.name} layer of shape {geometry.shape} on {device} ({told})"
-    )
+    raise BackendError(f"no backend can run a {state.scheme.name} layer of shape {geometry.shape} on {device} ({told})")

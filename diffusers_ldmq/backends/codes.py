@@ -73,9 +73,7 @@ class TorchStep:
         assert self.spec is not None
         x = self._arranged(x)
         scale = affine.token_qparams(x, self.spec, self.is_conv).scale
-        return self._codes(
-            x.float() * scale.reciprocal(), float(self.spec.qmin), float(self.spec.qmax)
-        ), scale
+        return self._codes(x.float() * scale.reciprocal(), float(self.spec.qmin), float(self.spec.qmax)), scale
 
     def scaled(self, accumulators: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         out = accumulators.mul_(scale)

@@ -104,9 +104,7 @@ def _cpu() -> bytes:
     """-march=native means another instruction set on another CPU, and home folders travel."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-        return b"".join(
-            next((x for x in lines if x.startswith(key)), b"") for key in (b"model name", b"flags")
-        )
+        return b"".join(next((x for x in lines if x.startswith(key)), b"") for key in (b"model name", b"flags"))
     except OSError:
         return f"{platform.machine()} {platform.processor()}".encode()
 

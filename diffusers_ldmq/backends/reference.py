@@ -72,9 +72,7 @@ def integer_output(x: Tensor, state: LayerState, geometry: Geometry) -> Tensor:
     """Scaled integer accumulators, without bias, in fp32. x: [..., K] or [B, C, h, w], any float dtype."""
     assert state.scheme.activation is not None
     if state.pre_quant_scale is not None:
-        x = x.float() * (
-            state.pre_quant_scale.reshape(-1, 1, 1) if geometry.is_conv else state.pre_quant_scale
-        )
+        x = x.float() * (state.pre_quant_scale.reshape(-1, 1, 1) if geometry.is_conv else state.pre_quant_scale)
     qparams = input_qparams(x, state, geometry)
     codes = affine.quantize(x, qparams, state.scheme.activation).float().sub_(qparams.zero_point)
     weight = affine.weight_codes(state, torch.Size(geometry.shape)).float()
