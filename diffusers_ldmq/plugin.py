@@ -6,6 +6,7 @@ entries when the package is imported is enough.
 """
 
 import re
+from copy import deepcopy
 from enum import Enum
 from typing import Any
 
@@ -25,6 +26,7 @@ from .specs import parse_scheme, tensor_specs
 from .version import __version__
 
 NAME = "ldmq"
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class LDMQMethod(str, Enum):
@@ -60,6 +62,10 @@ class LDMQConfig(QuantizationConfigMixin):
                 f"quantization_config has format_version {format_version} and unknown keys {sorted(unknown)}; it was "
                 f"written by diffusers-ldmq {ldmq_version}, this is {__version__}: pip install -U diffusers-ldmq"
             )
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise CheckpointError(
+                f"quantization_config: compute_dtype is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}"
+            )
         self.quant_method = LDMQMethod.LDMQ  # pyright: ignore[reportAttributeAccessIssue]  (theirs is a closed Enum)
         self.layers = _checked_layers(layers)
         self.compute_dtype = compute_dtype
@@ -73,7 +79,7 @@ class LDMQConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "ldmq_version": self.ldmq_version,
             "compute_dtype": self.compute_dtype,
-            "layers": {name: dict(entry) for name, entry in self.layers.items()},
+            "layers": deepcopy(self.layers),
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -87,13 +93,20 @@ def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(layers, dict):
         raise CheckpointError(f"quantization_config: 'layers' is a {type(layers).__name__}, expected an object")
     for name, entry in layers.items():
-        if not isinstance(entry, dict) or set(entry) != {"scheme", "tensors"} or not isinstance(entry["tensors"], list):
+        if not _is_entry(entry):
             raise CheckpointError(f"quantization_config, layer {name!r}: expected scheme and tensors, found {entry!r}")
         try:
             parse_scheme(entry["scheme"])
         except LDMQError as cause:
             raise CheckpointError(f"quantization_config, layer {name!r}: {cause}") from None
     return layers
+
+
+def _is_entry(entry: Any) -> bool:
+    """True for {'scheme': ..., 'tensors': [names]}."""
+    if not isinstance(entry, dict) or set(entry) != {"scheme", "tensors"} or not isinstance(entry["tensors"], list):
+        return False
+    return all(isinstance(name, str) for name in entry["tensors"])
 
 
 class LDMQQuantizer(DiffusersQuantizer):
@@ -149,7 +162,7 @@ class LDMQQuantizer(DiffusersQuantizer):
 
     def check_quantized_param_shape(self, *args: Any, **kwargs: Any) -> Any:
         name, expected, found = args  # called only where the shapes differ
-        raise CheckpointError(f"{_place(name)}: shape {list(found.shape)}, expected {list(expected)}; wrong file?")
+        raise CheckpointError(f"{_place(name)}: shape {list(found.shape)}, expected {list(expected.shape)}; wrong file?")
 
     def create_quantized_param(self, *args: Any, **kwargs: Any) -> Any:
         """Check one tensor and put it in place. Scales come from the state dict: `value` was cast already."""
@@ -188,8 +201,8 @@ class LDMQQuantizer(DiffusersQuantizer):
             )
         if not safe_serialization:
             raise CheckpointError("quantized models are saved as safetensors only; leave safe_serialization=True")
-        metadata = {"format_version": str(FORMAT_VERSION), "ldmq_version": __version__}
-        return {name: stored(name, value) for name, value in state_dict.items()}, metadata
+        # no metadata of ours: safetensors writes several entries in random order, and config.json says it all
+        return {name: stored(name, value) for name, value in state_dict.items()}, {}
 
     def _dequantize(self, model: Any) -> Any:
         for name, layer in quantized_layers(model).items():
@@ -255,6 +268,10 @@ def _check_values(name: str, value: Tensor, module: nn.Module) -> None:
             raise CheckpointError(f"{_place(name)}: holds NaN or Inf; the file is damaged, get it again")
         if name.endswith("_scale") and not (value > 0).all():
             raise CheckpointError(f"{_place(name)}: a scale is zero or negative; the file is damaged, get it again")
+    elif name.endswith("input_zero_point") and isinstance(module, QuantizedLayer):
+        spec = module.scheme.activation
+        if spec is not None and not spec.qmin <= int(value) <= spec.qmax:
+            raise CheckpointError(f"{_place(name)}: zero point {int(value)} is outside {spec.qmin}..{spec.qmax}; damaged")
     elif value.dtype == torch.int8 and value.numel() and int(value.min()) == -128:
         raise CheckpointError(f"{_place(name)}: holds the code -128, outside -127..127; the file is damaged")
     elif value.dtype == torch.uint8 and isinstance(module, QuantizedLayer):
