@@ -23,7 +23,7 @@ from .inspection import (
     profile_data,
     profile_table,
 )
-from .output_file import file_beside, refuse_file
+from .output import file_beside, refuse_file
 from .pipeline import Settings, denoiser_loader, quantize_pipeline, save_pipeline
 from .planning import kept_layers, make_plan
 from .profiling import ProfileSettings, profile_sqnr

@@ -41,9 +41,7 @@ def default_inputs(
     common = {"num_inference_steps": steps} if steps and "num_inference_steps" in accepted else {}
     batch = max(1, min(batch, len(every) // LEAST_CALLS))
     calls = [every[i : i + batch] for i in range(0, len(every), batch)]
-    return [
-        {**_argument(accepted, chunk), **common, "seed": seed + index * batch} for index, chunk in enumerate(calls)
-    ]
+    return [{**_argument(accepted, chunk), **common, "seed": seed + index * batch} for index, chunk in enumerate(calls)]
 
 
 def _values(pipe: Any, prompts: Sequence[str] | None, seed: int) -> list[Any]:

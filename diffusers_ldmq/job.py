@@ -14,8 +14,8 @@ from .calibration import calibrate, check_plan
 from .calls import Recording
 from .errors import PlanError
 from .families import find_denoiser, layer_table
-from .planners import Target, parse_target
-from .planning import kept_layers, make_plan, raise_plan
+from .planners import Target, parse_target, plan_bytes
+from .planning import kept_layers, make_plan, meets_size, raise_plan
 from .plugin import attach
 from .profiling import ProfileSettings, profile_sqnr
 from .quantization import quantize, quantized_for_now, refuse_unfit
@@ -24,6 +24,9 @@ from .verification import verify
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, all)."""
+
+MARGIN_DB = 0.25
+"""What a plan must spare beyond the gap between the sets once it has missed its target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +74,20 @@ def quantize_pipeline(
     name, denoiser = find_denoiser(pipe)
     refuse_unfit(denoiser)
     target = parse_target(settings.target) if settings.target else None
-    kept_layers(layer_table(denoiser), settings.keep_float)
+    table = layer_table(denoiser)
+    kept_layers(table, settings.keep_float)
     if settings.plan is not None:
         check_plan(settings.plan, denoiser)
     recording = record_calls(
         pipe, inputs, selection=settings.calibration, seed=settings.seed, progress=_stage(told, "record")
     )
     profile = _profile(denoiser, recording, settings, target, told)
-    plan = settings.plan or _plan(profile or layer_table(denoiser), settings)
+    plan = settings.plan or _plan(profile or table, settings)
+    if target is not None and not meets_size(plan, table, target):
+        least = plan_bytes(table, plan.quantized())
+        raise PlanError(
+            f"target {target.text!r} is missed by the plan given, which takes {least / 1e6:.1f} MB; plan again"
+        )
     job = _Job(recording, profile, settings, target, told)
     outcome = job.run(denoiser, job.raised_on_select(denoiser, plan))
     while (short := _short(target, outcome.report)) > 0:
@@ -89,7 +98,8 @@ def quantize_pipeline(
                 f"({outcome.report.sqnr_db:.1f} dB measured); lower the target or choose another --scheme or --dtype"
             )
         denoiser = reload()
-        outcome = job.run(denoiser, plan)
+        gap = outcome.plan.reasons["measured_on_select_db"] - outcome.report.sqnr_db
+        outcome = job.run(denoiser, job.raised_on_select(denoiser, plan, margin=max(gap, 0.0) + MARGIN_DB))
     pipe.register_modules(**{name: denoiser})
     attach(denoiser)
     for part in (pipe, denoiser):
@@ -120,18 +130,19 @@ class _Job:
             progress=_stage(self.told, "calibrate"),
         )
 
-    def raised_on_select(self, denoiser: nn.Module, plan: Plan) -> Plan:
-        """The plan, raised until an SQNR target holds on the 'select' set. Raises PlanError if it cannot."""
+    def raised_on_select(self, denoiser: nn.Module, plan: Plan, margin: float = 0.0) -> Plan:
+        """The plan, raised until an SQNR target holds on the 'select' set with a margin in dB to spare: other calls
+        and the compute dtype may cost that much. Raises PlanError if the target itself cannot be met."""
         if self.target is None or self.target.min_sqnr_db is None:
             return plan
         while True:
             with quantized_for_now(denoiser, self.calibrated(denoiser, plan)):
                 report = verify(denoiser, self.recording, on="select", progress=_stage(self.told, "check target"))
             short = _short(self.target, report)
-            if short <= 0:
+            raised = raise_plan(plan, self.profile) if self.profile else None
+            if short + margin <= 0 or (raised is None and short <= 0):
                 reasons = {**plan.reasons, "measured_on_select_db": report.sqnr_db}
                 return replace(plan, reasons=reasons, target=self.target.text)
-            raised = raise_plan(plan, self.profile) if self.profile else None
             if raised is None:
                 raise PlanError(
                     f"target {self.target.text!r} cannot be met: the best plan reaches {report.sqnr_db:.1f} dB, "

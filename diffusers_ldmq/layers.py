@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from . import affine
+from .affine import dequantize_weight
 from .quantized_layer import QuantizedLayer
 from .specs import LayerState
 
@@ -48,7 +48,7 @@ F = TypeVar("F", nn.Linear, nn.Conv2d)
 def _filled(layer: F, source: QuantizedLayer, dtype: torch.dtype | None) -> F:
     state = source.state()
     dtype = dtype or (torch.float32 if state.bias is None else state.bias.dtype)
-    weight = affine.dequantize_weight(state, torch.Size(source.geometry.shape)).to(dtype)
+    weight = dequantize_weight(state, torch.Size(source.geometry.shape)).to(dtype)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if state.bias is not None:
         layer.bias = nn.Parameter(state.bias, requires_grad=False)

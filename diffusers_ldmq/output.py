@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 
@@ -19,9 +20,7 @@ def refuse_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
         raise OutputError(f"{folder}: is a file, a folder is expected; choose another output folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise OutputError(f"{folder}: the folder exists and is not empty; pass --overwrite (overwrite=True) to replace")
-    parent = next(p for p in folder.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{folder}: cannot be created, {parent} is not a writable folder; choose another place")
+    _refuse_parent(folder)
 
 
 @contextmanager
@@ -44,6 +43,19 @@ def folder_beside(folder: str | os.PathLike[str], *, overwrite: bool = False) ->
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _refuse_parent(path: Path) -> None:
+    """Raise OutputError unless the nearest existing folder above `path` can really be written in."""
+    parent = next(p for p in path.absolute().parents if p.exists())
+    try:
+        with TemporaryFile(dir=parent):
+            return
+    except OSError as cause:
+        reason = _reason(cause)
+        raise OutputError(
+            f"{path}: cannot be created, {parent} is not a writable folder ({reason}); choose another place"
+        ) from None
+
+
 def _swap(new: Path, folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     if folder.exists():
@@ -62,3 +74,30 @@ def _reason(cause: Exception) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause):
         return "no space left on the disk"
     return os.strerror(number) if number else str(cause)
+
+
+def refuse_file(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError if no file can be written at `path`; an existing file may be replaced."""
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder, a file is expected; name a file in it")
+    _refuse_parent(path)
+
+
+@contextmanager
+def file_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file name beside `path` to write to; it takes `path`'s place when the context ends without an error.
+
+    Raises OutputError when writing fails; then, and on an interrupt, nothing is left and an earlier file stays.
+    """
+    path = Path(path).absolute()
+    refuse_file(path)
+    beside = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        beside.replace(path)
+    except OSError as cause:
+        raise OutputError(f"{path}: could not be written ({_reason(cause)}); nothing was changed") from cause
+    finally:
+        beside.unlink(missing_ok=True)

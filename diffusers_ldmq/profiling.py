@@ -211,9 +211,7 @@ class _CurveInputs:
     schemes: dict[str, str]
 
 
-def _block_curve(
-    denoiser: nn.Module, given: _CurveInputs, settings: ProfileSettings, count: _Counter
-) -> BlockCurve:
+def _block_curve(denoiser: nn.Module, given: _CurveInputs, settings: ProfileSettings, count: _Counter) -> BlockCurve:
     """Accumulated noise with blocks 1..k really quantized, k = 1..K. A block without quantized layers adds none."""
     kept = settings.keep_float
     kept = frozenset(i.name for i in given.table.layers if i.keep_float) if kept is None else kept

@@ -44,9 +44,7 @@ def quantize(
 def refuse_unfit(denoiser: nn.Module) -> None:
     """Raise LDMQError for a denoiser that cannot be quantized as it stands."""
     if quantized_layers(denoiser) or getattr(denoiser, "is_quantized", False):
-        raise LDMQError(
-            f"this {type(denoiser).__name__} is quantized already; load the original model instead"
-        )
+        raise LDMQError(f"this {type(denoiser).__name__} is quantized already; load the original model instead")
     if getattr(denoiser, "peft_config", None):
         raise LDMQError(
             "the denoiser carries a LoRA; call unload_lora_weights() or fuse_lora() first, or load the LoRA afterwards"

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import affine
+from .affine import dequantize_weight
 from .backends import Backend, choose_backend
 from .backends.reference import dense_gradient
 from .errors import BackendError, LDMQError
@@ -286,7 +286,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         layer, (grad,) = ctx.layer, grads
-        weight = affine.dequantize_weight(layer.state(), torch.Size(layer.geometry.shape)).to(grad.dtype)
+        weight = dequantize_weight(layer.state(), torch.Size(layer.geometry.shape)).to(grad.dtype)
         return dense_gradient(grad, weight, ctx.shape, layer.geometry), None
 
 

@@ -167,9 +167,7 @@ class _Recorder:
                 timestep=timestep,
                 images=images,
                 tensors={path: self._keep(v) for path, v in flat.items() if isinstance(v, Tensor)},
-                constants={
-                    path: v for path, v in flat.items() if not isinstance(v, Tensor) and path != "return_dict"
-                },
+                constants={path: v for path, v in flat.items() if not isinstance(v, Tensor) and path != "return_dict"},
                 output=self._keep(result.float()),
             )
         )

@@ -106,5 +106,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write dataclasses or plain data as indented JSON: to a file beside it first, then renamed into place."""
     path = Path(path)
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(to_json(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(json.dumps(to_json(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .. import affine
+from ..affine import per_channel, symmetric_scale, token_qparams
 from ..specs import Geometry, LayerState
 from .native import Quantizer, native_status
 
@@ -72,7 +72,7 @@ class TorchStep:
     def dynamic(self, x: Tensor) -> tuple[Tensor, Tensor]:
         assert self.spec is not None
         x = self._arranged(x)
-        scale = affine.token_qparams(x, self.spec, self.is_conv).scale
+        scale = token_qparams(x, self.spec, self.is_conv).scale
         return self._codes(x.float() * scale.reciprocal(), float(self.spec.qmin), float(self.spec.qmax)), scale
 
     def scaled(self, accumulators: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -82,7 +82,7 @@ class TorchStep:
         return out.to(dtype)
 
     def weight(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return codes.to(torch.float32).mul_(affine.per_channel(scale, codes)).to(dtype)
+        return codes.to(torch.float32).mul_(per_channel(scale, codes)).to(dtype)
 
     def _arranged(self, x: Tensor) -> Tensor:
         if self.is_conv:
@@ -187,10 +187,10 @@ class NativeStep:
         dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
         if self.pre is not None or kind is None or not dense:
             smoothed = x.float() if self.pre is None else x.float() * self.pre.reshape(-1, 1, 1)
-            return affine.token_qparams(smoothed, self.spec, True).scale
+            return token_qparams(smoothed, self.spec, True).scale
         partial = torch.empty(x.shape[0], PARTS, 1, 1, dtype=torch.float32)
         self.library.ldmq_absmax(
             x.data_ptr(), kind, x.shape[0], x[0].numel() if x.shape[0] else 0, partial.data_ptr(), PARTS,
             torch.get_num_threads(),
         )  # fmt: skip
-        return affine.symmetric_scale(partial.amax(dim=1, keepdim=True), self.spec)
+        return symmetric_scale(partial.amax(dim=1, keepdim=True), self.spec)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from .. import affine
+from ..affine import QParams, dequantize_weight, quantize, token_qparams, weight_codes
 from ..specs import Geometry, LayerState
 from .contract import Backend
 
@@ -40,7 +40,7 @@ class Reference(Backend):
     def run(self, x: Tensor, packed: PlainLayer) -> Tensor:
         state, geometry = packed
         if not state.scheme.is_integer:
-            weight = affine.dequantize_weight(state, torch.Size(geometry.shape)).to(x.dtype)
+            weight = dequantize_weight(state, torch.Size(geometry.shape)).to(x.dtype)
             return dense(x, weight, None if state.bias is None else state.bias.to(x.dtype), geometry)
         out = integer_output(x, state, geometry)
         if state.bias is not None:
@@ -74,15 +74,15 @@ def integer_output(x: Tensor, state: LayerState, geometry: Geometry) -> Tensor:
     if state.pre_quant_scale is not None:
         x = x.float() * (state.pre_quant_scale.reshape(-1, 1, 1) if geometry.is_conv else state.pre_quant_scale)
     qparams = input_qparams(x, state, geometry)
-    codes = affine.quantize(x, qparams, state.scheme.activation).float().sub_(qparams.zero_point)
-    weight = affine.weight_codes(state, torch.Size(geometry.shape)).float()
+    codes = quantize(x, qparams, state.scheme.activation).float().sub_(qparams.zero_point)
+    weight = weight_codes(state, torch.Size(geometry.shape)).float()
     accumulators = dense(codes, weight, None, geometry)
     return accumulators.mul_(qparams.scale).mul_(output_vector(state.weight_scale, geometry))
 
 
-def input_qparams(x: Tensor, state: LayerState, geometry: Geometry) -> affine.QParams:
+def input_qparams(x: Tensor, state: LayerState, geometry: Geometry) -> QParams:
     """The calibrated QParams of a static scheme (scalars), or those of each row or image of x."""
     assert state.scheme.activation is not None
     if state.input_scale is None or state.input_zero_point is None:
-        return affine.token_qparams(x, state.scheme.activation, geometry.is_conv)
-    return affine.QParams(state.input_scale, state.input_zero_point)
+        return token_qparams(x, state.scheme.activation, geometry.is_conv)
+    return QParams(state.input_scale, state.input_zero_point)
