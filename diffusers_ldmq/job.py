@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .allocator import give_back
 from .artifacts import Calibration, Plan, Profile, Report
 from .calibration import calibrate, check_plan
 from .calls import Recording
@@ -152,7 +153,9 @@ class _Job:
 
     def run(self, denoiser: nn.Module, plan: Plan) -> Outcome:
         """Calibrate, quantize in place and verify."""
+        give_back()
         facts = self._quantized(denoiser, plan)
+        give_back()
         report = verify(denoiser, self.recording, progress=_stage(self.told, "verify"))
         return Outcome(self.recording, self.profile, plan, replace(report, calibration=facts))
 

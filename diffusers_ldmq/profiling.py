@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .affine import QParams, qdq, token_qparams, weight_rows
+from .allocator import give_back
 from .artifacts import BlockCurve, LayerNoise, LayerTable, Profile
 from .calibration import layer_state, observe_inputs, weight_scales
 from .calls import Batch, Recording, run
@@ -76,6 +77,7 @@ def profile_sqnr(
             local.timestep = batch.timestep
             run(denoiser, batch)
             count.up()
+    give_back()
     table = layer_table(denoiser, local.macs_per_image(sum(b.output.shape[0] for b in batches)))
     timesteps = tuple(sorted({b.timestep for b in batches}, reverse=True))
     noises = local.result(timesteps)
@@ -227,6 +229,7 @@ def _block_curve(denoiser: nn.Module, given: _CurveInputs, settings: ProfileSett
             if names or not rows:
                 powers = _output_powers(denoiser, given.batches)
             rows.append(tuple(powers[t].noise for t in given.timesteps))
+            give_back()
             count.up(len(given.batches))
     finally:
         for name, layer in layers.items():
