@@ -50,7 +50,7 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(text, torch_dtype=dtype)
     except LDMQError:
         raise
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError, AttributeError, ImportError) as cause:
+    except (OSError, ValueError, LookupError, TypeError, HfHubHTTPError, AttributeError, ImportError) as cause:
         reason = " ".join(str(cause).split())
         raise LDMQError(f"{text}: cannot be loaded as a diffusers pipeline ({reason[:300]})") from cause
     find_denoiser(pipe)

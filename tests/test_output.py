@@ -55,7 +55,7 @@ def test_an_interrupt_leaves_nothing_half_written_and_the_old_folder_as_it_was(
     out = tmp_path / "out"
     if overwrite:
         filled(out)
-    with pytest.raises(interrupt), folder_beside(out, overwrite=overwrite) as beside:
+    with pytest.raises(interrupt), folder_beside(out, overwrite=overwrite) as beside:  # noqa: PT012
         (beside / "half.txt").write_text("half")
         raise interrupt
     assert names(tmp_path) == (["out"] if overwrite else [])
@@ -68,9 +68,9 @@ def test_an_interrupt_leaves_nothing_half_written_and_the_old_folder_as_it_was(
     [(errno.ENOSPC, "no space left on the disk"), (errno.EDQUOT, "no space left"), (errno.EIO, "error")],
 )
 def test_a_failing_disk_is_told_in_one_line(number: int, told: str, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=rf"could not be written \(.*{told}.*\); nothing was changed"):  # noqa: PT012
-        with folder_beside(tmp_path / "out"):
-            raise OSError(number, "as the system says it")
+    match = rf"could not be written \(.*{told}.*\); nothing was changed"
+    with pytest.raises(OutputError, match=match), folder_beside(tmp_path / "out"):
+        raise OSError(number, "as the system says it")
     assert names(tmp_path) == []
 
 

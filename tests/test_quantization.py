@@ -62,12 +62,12 @@ def test_the_float_rest_is_rounded_as_it_will_be_stored(calibrated: Callable[[st
 
 
 def test_values_beyond_16_bits_are_left_in_32() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    model[0].weight.data.fill_(1e6 + 0.3)
-    model[1].weight.data.fill_(1 / 3)
-    round_to_storage(model)
-    assert torch.equal(model[0].weight, torch.full((2, 2), 1e6 + 0.3))
-    assert torch.equal(model[1].weight, torch.full((2, 2), 1 / 3).half().float())
+    large, small = nn.Linear(2, 2), nn.Linear(2, 2)
+    nn.init.constant_(large.weight, 1e6 + 0.3)
+    nn.init.constant_(small.weight, 1 / 3)
+    round_to_storage(nn.Sequential(large, small))
+    assert torch.equal(large.weight, torch.full((2, 2), 1e6 + 0.3))
+    assert torch.equal(small.weight, torch.full((2, 2), 1 / 3).half().float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

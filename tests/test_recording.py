@@ -30,9 +30,7 @@ def rows_of(recording: Recording, name: Any, path: str) -> set[bytes]:
     return {row.numpy().tobytes() for call in calls for row in recording.tensors[call.tensors[path]]}
 
 
-def test_replay_gives_the_recorded_output_bit_for_bit(
-    kind: str, denoiser_of: Make, recordings: Recordings
-) -> None:
+def test_replay_gives_the_recorded_output_bit_for_bit(kind: str, denoiser_of: Make, recordings: Recordings) -> None:
     denoiser, recording = denoiser_of(kind), recordings(kind)
     assert recording.denoiser == type(denoiser).__name__
     for call in recording.calls:

@@ -81,7 +81,9 @@ def test_the_integer_share_is_that_of_counted_multiply_accumulates(
     assert report.int8_macs == pytest.approx(integer_share(table, schemes))
 
 
-def test_bytes_are_those_of_the_saved_file(kind: str, mixed_denoiser: Mixed, denoiser_of: Mixed, tmp_path: Path) -> None:
+def test_bytes_are_those_of_the_saved_file(
+    kind: str, mixed_denoiser: Mixed, denoiser_of: Mixed, tmp_path: Path
+) -> None:
     denoiser = mixed_denoiser(kind)
     assert float_parameters(denoiser) == sum(p.numel() for p in denoiser_of(kind).parameters())
     denoiser.save_pretrained(tmp_path)

@@ -56,7 +56,10 @@ def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 
 def layer_table(denoiser: nn.Module, macs: dict[str, int] | None = None) -> LayerTable:
-    """The denoiser, float or quantized, as planners see it. macs: layer name -> multiply-accumulates per image (0 where unknown)."""
+    """The denoiser, float or quantized, as planners see it.
+
+    macs: layer name -> multiply-accumulates per image (0 where unknown).
+    """
     family = family_of(denoiser)
     layers = quantizable_layers(denoiser)
     infos = [_info(name, layer, family, (macs or {}).get(name, 0)) for name, layer in layers.items()]
@@ -95,4 +98,3 @@ def _blocks(denoiser: nn.Module, family: Family, names: dict[str, Any]) -> tuple
         groups.setdefault(family.place(name, denoiser), []).append(name)
     ordered = sorted(groups.items(), key=lambda item: item[0][0])
     return tuple(Block(name, part, tuple(layers)) for (_, name, part), layers in ordered)
-

@@ -80,8 +80,8 @@ def test_parts_run_from_encoder_over_middle_to_decoder(kind: str, denoiser_of: M
     ("kind", "kept", "quantized"),
     [
         ("bundled", ["conv_in", "conv_out", "time_embedding.linear_1"], ["mid_block.resnets.0.conv1"]),
-        ("pixel", ["conv_in", "conv_out", "down_blocks.0.resnets.0.time_emb_proj"], ["up_blocks.0.resnets.0.conv1"]),
-        ("dit", ["proj_out_1", "pos_embed.proj", "transformer_blocks.0.norm1.linear"], ["transformer_blocks.1.attn1.to_q"]),
+        ("pixel", ["conv_in", "down_blocks.0.resnets.0.time_emb_proj"], ["up_blocks.0.resnets.0.conv1"]),
+        ("dit", ["proj_out_1", "transformer_blocks.0.norm1.linear"], ["transformer_blocks.1.ff.net.2"]),
     ],
     indirect=["kind"],
 )  # fmt: skip

@@ -126,9 +126,7 @@ def test_a_size_target_keeps_as_much_of_the_suffix_as_fits(
 ) -> None:
     levels = [1e-4, 2e-4, 3e-4, 20e-4, 40e-4]
     weights = {3: 10.0, 4: 10.0}  # weight noise dominates in the sensitive blocks, so they become float
-    toys = [
-        toy(f"b{k}", n, macs=10 if k > 2 else 100, weight_db=weights.get(k, 40.0)) for k, n in enumerate(levels)
-    ]
+    toys = [toy(f"b{k}", n, macs=10 if k > 2 else 100, weight_db=weights.get(k, 40.0)) for k, n in enumerate(levels)]
     profile = toy_profile(toys)
     plan = make_plan(profile, target)
     assert schemes(plan) == expected
@@ -219,8 +217,8 @@ def test_targets_are_read(text: str, field: str, value: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "fast", "sqnr<=25dB", "sqnr>25dB", "sqnr>=dB", "sqnr>=nan", "sqnr>=inf", "size>=0.3x", "size<=0x", "size<=-1MB",
-     "size<=3", "size<=1e9MB", "sqnr>=25dB size<=0.3x", "size<=0.3 of fp32", "sqnr>=25dBm"],
+    ["", "fast", "sqnr<=25dB", "sqnr>25dB", "sqnr>=dB", "sqnr>=nan", "sqnr>=inf", "size>=0.3x", "size<=0x",
+     "size<=-1MB", "size<=3", "size<=1e9MB", "sqnr>=25dB size<=0.3x", "size<=0.3 of fp32", "sqnr>=25dBm"],
 )  # fmt: skip
 def test_targets_that_cannot_be_read_are_refused_with_examples(text: str) -> None:
     with pytest.raises(PlanError, match=r"cannot read the target .*write 'sqnr>=25dB', 'size<=0.3x'"):

@@ -1,0 +1,235 @@
+"""QuantizedLDMPipeline computes, loads, saves and pickles; unusable models end in one clear line."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from torch import Tensor
+
+from diffusers_ldmq import Plan, QuantizedLDMPipeline, Report, make_plan
+from diffusers_ldmq.demo import demo_model
+from diffusers_ldmq.errors import LDMQError, OutputError, PlanError, RecordingError
+from diffusers_ldmq.families import layer_table
+from diffusers_ldmq.job import Settings
+from diffusers_ldmq.layers import quantized_layers
+from diffusers_ldmq.pipeline import load_pipeline, save_pipeline, stored_config
+
+Make = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float pixel pipeline on disk."""
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    torch.manual_seed(1)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    folder = tmp_path_factory.mktemp("float") / "model"
+    DDPMPipeline(unet, DDIMScheduler()).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized_pixel(float_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That pipeline, quantized and saved; tests must not change it."""
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    QuantizedLDMPipeline.from_pretrained(float_folder, "uniform", steps=2).save_pretrained(folder)
+    return folder
+
+
+def picture(pipe: Any) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipe(batch_size=1, generator=generator, num_inference_steps=2, output_type="numpy").images
+    return torch.as_tensor(images)
+
+
+def test_a_float_model_is_quantized_saved_and_loaded_with_the_same_pictures(float_folder: Path, tmp_path: Path) -> None:
+    computed = QuantizedLDMPipeline.from_pretrained(float_folder, steps=2)
+    assert computed.plan is not None
+    assert computed.plan.planner == "hybrid"
+    assert computed.report is not None
+    assert computed.profile is not None
+    computed.save_pretrained(tmp_path)
+    loaded = QuantizedLDMPipeline.from_pretrained(tmp_path)
+    plain = DiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.equal(picture(computed), picture(loaded))
+    assert torch.equal(picture(computed), picture(plain))
+    assert (loaded.plan, loaded.report, loaded.profile) == (computed.plan, computed.report, computed.profile)
+
+
+def test_the_bundled_model_is_loaded_and_draws(quantized_folder: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_folder)
+    assert isinstance(pipe, StableDiffusionPipeline)
+    pipe.set_progress_bar_config(disable=True)
+    made: Any = pipe("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    image = made.images[0]
+    assert image.size == (64, 64)
+    assert image.getextrema() != ((0, 0),) * 3
+    assert pipe.report is not None
+    assert pipe.report.sqnr_db > 35
+
+
+def test_it_is_of_both_classes_under_the_base_classs_name(quantized_pixel: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    assert isinstance(pipe, QuantizedLDMPipeline)
+    assert isinstance(pipe, DDPMPipeline)
+    assert type(pipe).__name__ == "DDPMPipeline"
+    assert type(pipe).__module__ == DDPMPipeline.__module__
+    assert type(pipe) is type(QuantizedLDMPipeline.from_pretrained(quantized_pixel))
+
+
+def test_the_folder_names_the_base_class_and_holds_plan_and_report(quantized_pixel: Path) -> None:
+    index = json.loads((quantized_pixel / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    assert Plan.load(quantized_pixel / "plan.json").planner == "uniform"
+    assert Report.load(quantized_pixel / "report.json").int8_macs == 1.0
+    assert not (quantized_pixel / "profile.json").exists()
+
+
+def test_it_survives_pickle(quantized_pixel: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    expected = picture(pipe)  # packs the codes first
+    copied = pickle.loads(pickle.dumps(pipe))  # noqa: S301
+    assert type(copied) is type(pipe)
+    assert copied.plan == pipe.plan
+    assert torch.equal(picture(copied), expected)
+
+
+def test_a_loaded_pipeline_saves_the_same_bytes_again(quantized_pixel: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    picture(pipe)
+    pipe.save_pretrained(tmp_path)
+    for name in ("unet/diffusion_pytorch_model.safetensors", "plan.json", "report.json"):
+        assert (tmp_path / name).read_bytes() == (quantized_pixel / name).read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_it_loads_at_the_verified_dtype_unless_told_otherwise(
+    dtype: Any, expected: torch.dtype, quantized_pixel: Path
+) -> None:
+    assert QuantizedLDMPipeline.from_pretrained(quantized_pixel, dtype=dtype).unet.dtype == expected
+
+
+def test_a_model_quantized_in_bf16_is_loaded_in_bf16(float_folder: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(float_folder, "uniform", steps=2, torch_dtype=torch.bfloat16)
+    assert pipe.unet.dtype == torch.bfloat16
+    pipe.save_pretrained(tmp_path)
+    assert QuantizedLDMPipeline.from_pretrained(tmp_path).unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("arguments", [{"plan": "hybrid"}, {"target": "sqnr>=25dB"}])
+def test_a_plan_or_target_for_a_quantized_checkpoint_names_the_original(
+    arguments: dict[str, Any], quantized_folder: Path
+) -> None:
+    with pytest.raises(LDMQError, match=r"is quantized already; leave plan and target out .*original float model"):
+        QuantizedLDMPipeline.from_pretrained(quantized_folder, **arguments)
+
+
+@pytest.mark.parametrize("form", ["name", "object", "file"])
+def test_a_plan_is_a_planners_name_a_plan_or_a_file(form: str, float_folder: Path, tmp_path: Path) -> None:
+    unet = DiffusionPipeline.from_pretrained(float_folder).unet
+    plan = make_plan(layer_table(unet), planner="uniform")
+    plan.save(tmp_path / "plan.json")
+    given: Any = {"name": "uniform", "object": plan, "file": tmp_path / "plan.json"}[form]
+    pipe = QuantizedLDMPipeline.from_pretrained(float_folder, given, steps=2)
+    assert pipe.plan == plan
+    assert len(quantized_layers(pipe.unet)) == len(plan.layers)
+
+
+@pytest.mark.parametrize("plan", ["absent.json", "best"])
+def test_a_plan_that_is_neither_is_refused(plan: str, float_folder: Path) -> None:
+    with pytest.raises(PlanError, match=f"{plan}: no such file"):
+        QuantizedLDMPipeline.from_pretrained(float_folder, plan)
+
+
+def test_inputs_are_prompts_or_arguments(float_folder: Path) -> None:
+    inputs = [{"batch_size": 1, "num_inference_steps": 1, "seed": seed} for seed in range(4)]
+    settings = Settings(planner="uniform", scheme="w8a16")
+    pipe = QuantizedLDMPipeline.from_pretrained(float_folder, inputs=inputs, settings=settings)
+    assert pipe.plan.counts() == {"w8a16": len(pipe.plan.layers)}
+    assert len(pipe.report.timesteps) == 1
+    with pytest.raises(RecordingError, match="takes no prompts"):
+        QuantizedLDMPipeline.from_pretrained(float_folder, inputs=["red apple"])
+
+
+def test_an_unknown_keyword_is_refused(float_folder: Path) -> None:
+    with pytest.raises(TypeError, match="variant"):
+        QuantizedLDMPipeline.from_pretrained(float_folder, variant="fp16")
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        ("/no/such/folder", "no such folder; give a local pipeline folder or a hub id such as owner/name"),
+        ("./absent", "no such folder"),
+        ("absent", "no such folder"),
+        ("a/b/c", "no such folder"),
+    ],
+)
+def test_an_unknown_model_is_refused_without_a_download(model: str, match: str) -> None:
+    with pytest.raises(LDMQError, match=match):
+        load_pipeline(model)
+
+
+def test_folders_that_are_no_pipeline_are_refused(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(LDMQError, match="is no diffusers pipeline folder"):
+        load_pipeline(tmp_path)
+    with pytest.raises(LDMQError, match="is no diffusers pipeline folder"):
+        load_pipeline(demo_model() / "unet")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(LDMQError, match="cannot be loaded as a diffusers pipeline"):
+        load_pipeline(tmp_path)
+
+
+def test_a_pipeline_without_a_denoiser_is_refused(float_folder: Path, make: Make, tmp_path: Path) -> None:
+    make("dit").vae.save_pretrained(tmp_path / "unet")
+    index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.38.0", "unet": ["diffusers", "AutoencoderKL"]}
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    DiffusionPipeline.from_pretrained(float_folder).scheduler.save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(RecordingError, match="DDPMPipeline has no denoiser that can be quantized"):
+        load_pipeline(tmp_path)
+
+
+def test_a_damaged_checkpoint_ends_in_one_line(quantized_pixel: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(quantized_pixel, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(LDMQError) as caught:
+        QuantizedLDMPipeline.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stored_config_is_found_only_in_checkpoints_of_ours(quantized_pixel: Path, float_folder: Path) -> None:
+    config = stored_config(quantized_pixel)
+    assert config is not None
+    assert config["quant_method"] == "ldmq"
+    assert stored_config(float_folder) is None
+
+
+def test_saving_never_touches_a_folder_with_content_unless_asked(quantized_pixel: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="is not empty"):
+        save_pipeline(pipe, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    save_pipeline(pipe, tmp_path, overwrite=True)
+    assert not (tmp_path / "mine.txt").exists()
+    assert (tmp_path / "model_index.json").is_file()
