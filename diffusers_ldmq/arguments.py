@@ -1,6 +1,7 @@
 """The command line's options, and how they become what the library takes. What can be refused is refused here, before
 anything slow begins."""
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from .backends import fast_dtype
 from .demo import MODEL, demo_captions, demo_model
 from .errors import LDMQError, OutputError, PlanError
-from .inputs import default_inputs, read_inputs, read_prompts, with_strength
+from .inputs import default_inputs, read_inputs, read_prompts
 from .observers import OBSERVERS
 from .output import refuse_folder
 from .pipeline import QuantizedLDMPipeline, load_pipeline, stored_config
@@ -66,6 +67,8 @@ def _quiet(pipe: Any) -> Any:
 def checked_device(name: str) -> str:
     """The device's name. Raises LDMQError if it is none, or not in this machine."""
     try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as cause:
         reason = str(cause).splitlines()[0]
@@ -80,6 +83,13 @@ def checked_dtype(name: str, device: str) -> torch.dtype:
     if name not in DTYPES:
         raise LDMQError(f"--dtype {name!r}: unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def fitting_dtype(chosen: torch.dtype | None, name: str, pipe: Any) -> torch.dtype | None:
+    """The chosen dtype; float32 where it was chosen by 'auto' for a pipeline without prompts. Those may draw their
+    latents in float32 whatever the denoiser's dtype is; with prompts the latents follow the text encoder."""
+    takes_text = "prompt" in inspect.signature(pipe.__call__).parameters
+    return chosen if takes_text or name != "auto" else torch.float32
 
 
 def check_names(
@@ -138,6 +148,6 @@ class Given:
         """`__call__` arguments for recording."""
         if self.inputs and self.read is not None:
             common = {"num_inference_steps": steps} if steps else {}
-            return with_strength(pipe, [{**common, **entry} for entry in self.read])
+            return [{**common, **entry} for entry in self.read]
         prompts = demo_captions() if self.read is None and self.model == MODEL else self.read
         return default_inputs(pipe, prompts, steps=steps, seed=self.seed)

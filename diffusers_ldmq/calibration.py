@@ -11,10 +11,9 @@ from .calls import Batch, Recording, run
 from .errors import CalibrationError, PlanError
 from .families import fingerprint, quantizable_layers
 from .observers import OBSERVERS, Observer
+from .progress import Progress
 from .selections import SELECTIONS
 from .specs import LayerState, QuantSpec, Scheme, parse_scheme
-
-Progress = Callable[[int, int], None]
 
 
 def calibrate(

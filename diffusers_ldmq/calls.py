@@ -17,7 +17,8 @@ from .errors import RecordingError
 from .serialization import from_json, read_json, write_json
 
 FORMAT_VERSION = 1
-SETS = ("calibrate", "select", "verify")
+UNBATCHED = ("img_ids", "txt_ids", "image_rotary_emb")
+"""Arguments without a batch axis, whatever their length."""
 SetName = Literal["calibrate", "select", "verify"]
 
 
@@ -94,9 +95,8 @@ class Recording:
         if images is not None and len(images) < call.images:
             halves = rows // call.images
             keep = torch.tensor([half * call.images + i for half in range(halves) for i in images])
-        pick = lambda t: t if keep is None or t.dim() == 0 or t.shape[0] != rows else t[keep]  # noqa: E731
-        tensors = {path: pick(self.tensors[key]) for path, key in call.tensors.items()}
-        return Batch(unflatten({**call.constants, **tensors}), pick(output), call.timestep)
+        chosen = {path: _rows(self.tensors[key], path, rows, keep) for path, key in call.tensors.items()}
+        return Batch(unflatten({**call.constants, **chosen}), _rows(output, "", rows, keep), call.timestep)
 
     def batches(self, samples: list[SampleId] | None = None) -> Iterator[Batch]:
         """Batches of the chosen samples, call by call; of everything where `samples` is None."""
@@ -133,6 +133,12 @@ class Recording:
         if not needed <= set(tensors):
             raise RecordingError(f"{folder}: recording.safetensors lacks {len(needed - set(tensors))} tensors")
         return recording
+
+
+def _rows(value: Tensor, path: str, rows: int, keep: Tensor | None) -> Tensor:
+    """The kept rows of a batched tensor; one that belongs to all rows alike comes back as it is."""
+    shared = value.dim() == 0 or value.shape[0] != rows or path.split("/")[0] in UNBATCHED
+    return value if keep is None or shared else value[keep]
 
 
 def run(denoiser: nn.Module, batch: Batch) -> Tensor:

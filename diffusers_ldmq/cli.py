@@ -1,6 +1,7 @@
 """The command line `ldmq`: options in, one library call each, a table or JSON out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,6 +103,7 @@ def quantize(
     )
     given = arg.Given(model, prompts, inputs, seed)
     pipe = arg.load_float(model, device)
+    settings = replace(settings, dtype=arg.fitting_dtype(settings.dtype, dtype, pipe))
     reload = denoiser_loader(arg.model_path(model), device)
     with stages() as progress:
         outcome = quantize_pipeline(pipe, given.calls(pipe, steps), settings, reload=reload, progress=progress)

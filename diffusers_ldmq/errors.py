@@ -17,6 +17,10 @@ class CalibrationError(LDMQError):
     """Calibration saw no data, or data that gives no usable range."""
 
 
+class VerificationError(LDMQError):
+    """The quantized model gives no usable output."""
+
+
 class CheckpointError(LDMQError):
     """A saved quantized model is incomplete, damaged, or of another format version."""
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import random
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -29,7 +30,7 @@ def default_inputs(
     Raises RecordingError for a pipeline that needs images, and for prompts where the pipeline takes none.
     """
     accepted = inspect.signature(pipe.__call__).parameters
-    needed = [name for name in IMAGE_ARGUMENTS if name in accepted]
+    needed = needed_images(pipe)
     if needed:
         raise RecordingError(
             f"{type(pipe).__name__} needs {' and '.join(needed)}; pass --inputs FILE.jsonl (or `inputs=`), one object "
@@ -42,6 +43,14 @@ def default_inputs(
     batch = max(1, min(batch, len(every) // LEAST_CALLS))
     calls = [every[i : i + batch] for i in range(0, len(every), batch)]
     return [{**_argument(accepted, chunk), **common, "seed": seed + index * batch} for index, chunk in enumerate(calls)]
+
+
+def needed_images(pipe: Any) -> list[str]:
+    """Names of the picture arguments that the pipeline cannot do without."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    named = re.search("Img2Img|Inpaint|Control|Upscale|SuperResolution|Depth2Img|Pix2Pix|Adapter", type(pipe).__name__)
+    required = [name for name in IMAGE_ARGUMENTS if name in accepted]
+    return [name for name in required if named or accepted[name].default is inspect.Parameter.empty]
 
 
 def _values(pipe: Any, prompts: Sequence[str] | None, seed: int) -> list[Any]:
@@ -85,8 +94,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[str]:
 
 def read_inputs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """One JSON object of the pipeline's `__call__` arguments per line; 'image', 'mask_image' and 'control_image' are
-    paths inside the file's folder. An image without a 'strength' is calibrated at strength 1 where the pipeline
-    has that argument (see `with_strength`).
+    paths inside the file's folder.
 
     Raises RecordingError naming the line that is no object, or the picture that is missing or outside the folder.
     """
@@ -104,13 +112,6 @@ def read_inputs(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not entries:
         raise RecordingError(f"{path}: the inputs file is empty; write one JSON object of arguments per line")
     return entries
-
-
-def with_strength(pipe: Any, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Image-to-image inputs at strength 1, so that calibration sees the noisiest timestep; others as they are."""
-    if "strength" not in inspect.signature(pipe.__call__).parameters:
-        return entries
-    return [{"strength": 1.0, **entry} for entry in entries]
 
 
 def _text(path: str | os.PathLike[str]) -> str:

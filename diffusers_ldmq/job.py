@@ -13,18 +13,16 @@ from .allocator import give_back
 from .artifacts import Calibration, Plan, Profile, Report
 from .calibration import calibrate, check_plan
 from .calls import Recording
-from .errors import PlanError
+from .errors import LDMQError, PlanError, RecordingError
 from .families import find_denoiser, layer_table
 from .planners import Target, parse_target, plan_bytes
 from .planning import kept_layers, make_plan, meets_size, raise_plan
 from .plugin import attach
 from .profiling import ProfileSettings, profile_sqnr
+from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now, refuse_unfit
-from .recording import record_calls
+from .recording import record_calls, try_one_step
 from .verification import verify
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, all)."""
 
 MARGIN_DB = 0.25
 """What a plan must spare beyond the gap between the sets once it has missed its target."""
@@ -68,7 +66,8 @@ def quantize_pipeline(
 
     The pipe should be float, best fp32. A target is met on the 'select' set first and then checked on 'verify'; if
     that misses it, the plan is raised and the job repeated with the float denoiser that `reload` gives.
-    Raises PlanError, saying by how much, if the target is missed for good, and LDMQError for unusable input.
+    Raises PlanError, saying by how much, if the target is missed for good, and LDMQError for unusable input; the
+    pipe's denoiser may then be quantized already: load the pipe again.
     """
     settings = settings or Settings()
     told: Progress = progress or (lambda stage, done, whole: None)
@@ -91,7 +90,7 @@ def quantize_pipeline(
         )
     job = _Job(recording, profile, settings, target, told)
     outcome = job.run(denoiser, job.raised_on_select(denoiser, plan))
-    while (short := _short(target, outcome.report)) > 0:
+    while not (short := _short(target, outcome.report)) <= 0:
         plan = raise_plan(outcome.plan, profile) if profile else None
         if reload is None or plan is None:
             raise PlanError(
@@ -107,6 +106,7 @@ def quantize_pipeline(
         _forget_path(part)
     if settings.dtype is not None:
         _cast_others(pipe, name, settings.dtype)
+        _refuse_unusable(pipe, inputs[0], settings.dtype)
     return outcome
 
 
@@ -200,6 +200,14 @@ def _plan(source: Any, settings: Settings) -> Plan:
     )
 
 
+def _refuse_unusable(pipe: Any, inputs: dict[str, Any], dtype: torch.dtype) -> None:
+    """Verification replays calls at the right dtype; only sampling shows that a pipeline makes others."""
+    try:
+        try_one_step(pipe, inputs)
+    except RecordingError as cause:
+        raise LDMQError(f"{type(pipe).__name__} cannot sample in {dtype}; choose float32 ({cause})") from cause
+
+
 def _cast_others(pipe: Any, denoiser_name: str, dtype: torch.dtype) -> None:
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name != denoiser_name:
@@ -209,5 +217,5 @@ def _cast_others(pipe: Any, denoiser_name: str, dtype: torch.dtype) -> None:
 def _forget_path(part: Any) -> None:
     """Of a local source folder only its name is kept: what is shared should not tell the user's paths."""
     source = str(part.config.get("_name_or_path") or "")
-    if Path(source).exists():
+    if source and Path(source).exists():
         part.register_to_config(_name_or_path=Path(source).resolve().name)

@@ -62,7 +62,7 @@ def _swap(new: Path, folder: Path) -> None:
         folder.rename(old)
     try:
         new.rename(folder)
-    except OSError:
+    except BaseException:  # an interrupt here must not lose the old folder either
         if old.exists():
             old.rename(folder)
         raise

@@ -11,13 +11,20 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from torch import nn
+from transformers import PreTrainedModel
 
 from .artifacts import Plan, Profile, Report
 from .errors import CheckpointError, LDMQError
-from .families import find_denoiser
-from .inputs import default_inputs, with_strength
+from .families import FAMILIES, find_denoiser
+from .inputs import default_inputs
 from .job import Outcome, Progress, Settings, quantize_pipeline
 from .output import folder_beside
 from .planners import PLANNERS
@@ -35,10 +42,8 @@ __all__ = [
 ]
 
 
-def load_pipeline(
-    model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | None = None
-) -> DiffusionPipeline:
-    """The pipeline in a local folder or under a hub id. Raises LDMQError in one line if it cannot be had."""
+def _known(model: str | os.PathLike[str]) -> str:
+    """The model's name. Raises LDMQError unless it is a pipeline folder or looks like a hub id."""
     text = os.fspath(model)
     path = Path(text)
     if path.exists():
@@ -46,6 +51,14 @@ def load_pipeline(
             raise LDMQError(f"{text}: is no diffusers pipeline folder (it has no model_index.json)")
     elif text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text:
         raise LDMQError(f"{text}: no such folder; give a local pipeline folder or a hub id such as owner/name")
+    return text
+
+
+def load_pipeline(
+    model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | None = None
+) -> DiffusionPipeline:
+    """The pipeline in a local folder or under a hub id. Raises LDMQError in one line if it cannot be had."""
+    text = _known(model)
     try:
         pipe = DiffusionPipeline.from_pretrained(text, torch_dtype=dtype)
     except LDMQError:
@@ -65,7 +78,7 @@ def save_pipeline(
     Complete or not at all. Raises OutputError if `folder` is not empty (unless `overwrite`) or cannot be written.
     """
     with folder_beside(folder, overwrite=overwrite) as beside:
-        with other_models_in_16_bits(pipe):
+        with saved_dtypes(pipe):
             pipe.save_pretrained(beside)
         if outcome is not None:
             for name, artifact in (("plan", outcome.plan), ("report", outcome.report), ("profile", outcome.profile)):
@@ -74,24 +87,33 @@ def save_pipeline(
 
 
 @contextmanager
-def other_models_in_16_bits(pipe: Any) -> Iterator[None]:
-    """While open, fp32 models of diffusers whose values 16 bits hold exactly (they came from such files) are in 16
-    bits, so that they are saved so. transformers' models stay: without a dtype those load as they were saved."""
-    small: list[Any] = [
-        model
-        for model in pipe.components.values()
-        if isinstance(model, ModelMixin)
-        and model.dtype == torch.float32
-        and not getattr(model, "is_quantized", False)
-        and all(stored("", value).dtype != torch.float32 for value in model.state_dict().values())
-    ]
-    for model in small:
-        model.to(STORAGE_DTYPE)
+def saved_dtypes(pipe: Any) -> Iterator[None]:
+    """While open, every other model has the dtype in which it is best saved.
+
+    diffusers' models load in fp32 unless told: those whose fp32 values 16 bits hold exactly (they came from such files)
+    are written in 16. transformers' models load as they were saved, so these are written in fp32: a 16-bit text encoder
+    between models loaded in fp32 cannot be sampled from.
+    """
+    changed: list[tuple[Any, torch.dtype, torch.dtype]] = []
+    for model in pipe.components.values():
+        if not isinstance(model, torch.nn.Module) or getattr(model, "is_quantized", False):
+            continue
+        now = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        if isinstance(model, PreTrainedModel) and now != torch.float32:
+            changed.append((model, now, torch.float32))
+        elif isinstance(model, ModelMixin) and now == torch.float32 and _fits_16_bits(model):
+            changed.append((model, now, STORAGE_DTYPE))
     try:
+        for model, _, dtype in changed:
+            model.to(dtype)
         yield
     finally:
-        for model in small:
-            model.to(torch.float32)
+        for model, dtype, _ in changed:
+            model.to(dtype)
+
+
+def _fits_16_bits(model: ModelMixin) -> bool:
+    return all(stored("", value).dtype != torch.float32 for value in model.state_dict().values())
 
 
 SIDE_FILES: dict[str, Any] = {"plan": Plan, "report": Report, "profile": Profile}
@@ -148,12 +170,13 @@ class QuantizedLDMPipeline:
 
     def save_pretrained(self, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As the pipeline's own, plus plan.json, report.json and profile.json. Plain diffusers opens the folder."""
-        with other_models_in_16_bits(self):
-            super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        for name in SIDE_FILES:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in SIDE_FILES:  # first, so that push_to_hub=True takes them along
             artifact = getattr(self, name)
             if artifact is not None:
                 write_json(Path(folder) / f"{name}.json", artifact)
+        with saved_dtypes(self):
+            super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class shares its base's name, so it is rebuilt, never looked up
@@ -199,7 +222,7 @@ def _settings(settings: Settings, plan: Any, target: str | None, dtype: torch.dt
 
 def _calls(pipe: Any, inputs: Any, settings: Settings, steps: int | None) -> list[dict[str, Any]]:
     if inputs is not None and not all(isinstance(entry, str) for entry in inputs):
-        return with_strength(pipe, list(inputs))
+        return list(inputs)
     return default_inputs(pipe, inputs, steps=steps, seed=settings.seed)
 
 
@@ -213,8 +236,14 @@ def denoiser_loader(model: str | os.PathLike[str], device: str | None = None) ->
 
 
 def stored_config(model: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The denoiser's quantization_config of a checkpoint of ours; None for a float model."""
-    for component in ("unet", "transformer", "prior", "decoder"):
+    """The denoiser's quantization_config of a checkpoint of ours; None for a float model.
+
+    Raises LDMQError if there is no such model.
+    """
+    _known(model)
+    index_file = _file(model, "model_index.json")
+    index = read_json(index_file, CheckpointError) if index_file else {}
+    for component in {name for _, family in FAMILIES.items() for name in family.components} & set(index):
         path = _file(model, f"{component}/config.json")
         data = read_json(path, CheckpointError) if path else {}
         config = data.get("quantization_config") if isinstance(data, dict) else None
@@ -235,8 +264,14 @@ def _file(model: str | os.PathLike[str], name: str) -> Path | None:
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(model), name))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as cause:
+        reason = " ".join(str(cause).split())
+        raise LDMQError(f"{model}: no such folder, and it cannot be had from the hub ({reason[:200]})") from cause
+    except EntryNotFoundError:
         return None
+    except (HfHubHTTPError, OSError) as cause:
+        reason = " ".join(str(cause).split())
+        raise LDMQError(f"{model}: the hub cannot be reached ({reason[:200]})") from cause
 
 
 def _original(model: str | os.PathLike[str]) -> str:

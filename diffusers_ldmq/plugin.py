@@ -7,7 +7,7 @@ entries when the package is imported is enough.
 
 import re
 from copy import deepcopy
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ NAME = "ldmq"
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class LDMQMethod(str, Enum):
+class LDMQMethod(StrEnum):
     """diffusers reads `quant_method.value`; its own enumeration is closed."""
 
     LDMQ = NAME
@@ -63,9 +63,7 @@ class LDMQConfig(QuantizationConfigMixin):
                 f"written by diffusers-ldmq {ldmq_version}, this is {__version__}: pip install -U diffusers-ldmq"
             )
         if compute_dtype not in COMPUTE_DTYPES:
-            raise CheckpointError(
-                f"quantization_config: compute_dtype is {compute_dtype!r}, expected one of {', '.join(COMPUTE_DTYPES)}"
-            )
+            raise CheckpointError(f"quantization_config: compute_dtype is {compute_dtype!r}, not in {COMPUTE_DTYPES}")
         self.quant_method = LDMQMethod.LDMQ  # pyright: ignore[reportAttributeAccessIssue]  (theirs is a closed Enum)
         self.layers = _checked_layers(layers)
         self.compute_dtype = compute_dtype
@@ -162,7 +160,8 @@ class LDMQQuantizer(DiffusersQuantizer):
 
     def check_quantized_param_shape(self, *args: Any, **kwargs: Any) -> Any:
         name, expected, found = args  # called only where the shapes differ
-        raise CheckpointError(f"{_place(name)}: shape {list(found.shape)}, expected {list(expected.shape)}; wrong file?")
+        sizes = f"shape {list(found.shape)}, expected {list(expected.shape)}"
+        raise CheckpointError(f"{_place(name)}: {sizes}; wrong file?")
 
     def create_quantized_param(self, *args: Any, **kwargs: Any) -> Any:
         """Check one tensor and put it in place. Scales come from the state dict: `value` was cast already."""
@@ -182,7 +181,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(placed, requires_grad=exact is None)
         else:
-            module._buffers[leaf] = placed
+            module._buffers[leaf] = placed.clone()  # or this small tensor would hold the whole mapped file
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         empty = sorted(name for name, value in model.state_dict().items() if value.is_meta)
@@ -271,7 +270,7 @@ def _check_values(name: str, value: Tensor, module: nn.Module) -> None:
     elif name.endswith("input_zero_point") and isinstance(module, QuantizedLayer):
         spec = module.scheme.activation
         if spec is not None and not spec.qmin <= int(value) <= spec.qmax:
-            raise CheckpointError(f"{_place(name)}: zero point {int(value)} is outside {spec.qmin}..{spec.qmax}; damaged")
+            raise CheckpointError(f"{_place(name)}: zero point {int(value)}, outside {spec.qmin}..{spec.qmax}; damaged")
     elif value.dtype == torch.int8 and value.numel() and int(value.min()) == -128:
         raise CheckpointError(f"{_place(name)}: holds the code -128, outside -127..127; the file is damaged")
     elif value.dtype == torch.uint8 and isinstance(module, QuantizedLayer):

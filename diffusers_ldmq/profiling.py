@@ -6,7 +6,7 @@ analysis; its equations could not be consulted, these are a reconstruction from 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,11 +22,10 @@ from .layers import quantize_layer
 from .metrics import Power
 from .observers import Observer
 from .planners import low_precision
+from .progress import Progress
 from .quantization import replace_layer
 from .selections import SELECTIONS
 from .specs import SCHEMES, QuantSpec, parse_scheme
-
-Progress = Callable[[int, int], None]
 
 ACTIVATION_ONLY = "a8"
 """Key of the noise of an 8-bit static input against a float weight."""
@@ -99,12 +98,13 @@ def _describe(settings: ProfileSettings, calls: int) -> dict[str, Any]:
 
 
 def _spread(recording: Recording, settings: ProfileSettings) -> list[Batch]:
-    """Batches of a few images at a few timesteps, evenly from the noisiest to the cleanest."""
+    """Batches of a few images of one run at a few of its timesteps, evenly from the noisiest to the cleanest."""
+    first = recording.calls[0].run
+    recording = replace(recording, calls=tuple(call for call in recording.calls if call.run == first))
     every = recording.timesteps()
     n = min(settings.timesteps, len(every))
     chosen = tuple(every[round(i * (len(every) - 1) / max(n - 1, 1))] for i in range(n))
-    first = recording.calls[0].run
-    calls = [call for call in recording.at(chosen).calls if call.run == first]
+    calls = recording.at(chosen).calls
     return [recording.batch(call, list(range(min(settings.images, call.images)))) for call in calls]
 
 

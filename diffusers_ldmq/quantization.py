@@ -1,6 +1,6 @@
 """Stage 5: put the quantized layers in the float layers' places."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,8 +10,7 @@ from .artifacts import Calibration
 from .calibration import check_plan
 from .errors import LDMQError
 from .layers import quantize_layer, quantized_layers
-
-Progress = Callable[[int, int], None]
+from .progress import Progress
 
 
 def quantize(
@@ -35,10 +34,18 @@ def quantize(
         if progress:
             progress(done + 1, len(calibration.states))
     if dtype is not None:
-        for module in denoiser.modules():  # diffusers' own .to(dtype) refuses quantized models
-            module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+        cast_floats(denoiser, dtype)
     round_to_storage(denoiser)
     return denoiser.eval()
+
+
+def cast_floats(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what loading would cast: parameters and saved buffers. Scales of quantized layers stay fp32, and so do
+    buffers that are computed anew (diffusers' own .to(dtype) refuses quantized models)."""
+    for module in denoiser.modules():
+        fresh = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+        module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t, recurse=False)
+        module._buffers.update(fresh)
 
 
 def refuse_unfit(denoiser: nn.Module) -> None:

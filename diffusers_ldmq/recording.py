@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call, Recording, evaluating, flatten, tensor_key
-from .errors import RecordingError
+from .errors import LDMQError, RecordingError
 from .families import find_denoiser
+from .progress import Progress
 
 logger = logging.getLogger(__name__)
 
 SHARES = ("calibrate", "calibrate", "select", "verify")
 """Half of the inputs calibrate, a quarter selects, a quarter verifies."""
-
-Progress = Callable[[int, int], None]
-"""Called with (done, all) as a stage goes on."""
 
 
 class _Enough(Exception):  # noqa: N818  (a signal, not an error)
@@ -49,6 +47,8 @@ def record_calls(
     jobs = _deal(list(inputs), seed)
     recorder = _Recorder(denoiser)
     for number, (name, kwargs) in enumerate(jobs):
+        if name == "calibrate" and "strength" in inspect.signature(pipe.__call__).parameters:
+            kwargs = {**kwargs, "strength": 1.0}  # image-to-image: calibration sees the noisiest timestep
         recorder.start(name, number, image_count(kwargs), first_only=name == "calibrate" and selection == "first-step")
         with recorder.listening(), evaluating(denoiser):
             _call(pipe, kwargs)
@@ -57,12 +57,24 @@ def record_calls(
     return recorder.result()
 
 
+def try_one_step(pipe: Any, inputs: dict[str, Any]) -> None:
+    """Sample until the first denoiser call is over. Raises RecordingError if the pipeline cannot do even that, as when
+    its components' dtypes do not fit each other."""
+    _, denoiser = find_denoiser(pipe)
+    recorder = _Recorder(denoiser)
+    recorder.start("calibrate", 0, image_count(inputs), first_only=True)
+    with recorder.listening(), torch.no_grad():
+        _call(pipe, {"seed": 0, **inputs})
+
+
 def _deal(inputs: list[dict[str, Any]], seed: int) -> list[tuple[str, dict[str, Any]]]:
     """(set, keyword arguments with a 'seed') of every pipeline call; seeds given here are used only once."""
     while len(inputs) < len(SHARES):
         logger.warning("only %d input(s): repeating them with other seeds to fill three sets", len(inputs))
         inputs = inputs + [{k: v for k, v in entry.items() if k != "seed"} for entry in inputs]
-    jobs, next_seed = [], max([seed, *(int(e["seed"]) + image_count(e) for e in inputs if "seed" in e)])
+    counts = [image_count(entry) for entry in inputs]
+    jobs: list[tuple[str, dict[str, Any]]] = []
+    next_seed = max([seed, *(e["seed"] + n for e, n in zip(inputs, counts, strict=True) if "seed" in e)])
     for index, entry in enumerate(inputs):
         entry = dict(entry)
         if "seed" not in entry:
@@ -73,7 +85,14 @@ def _deal(inputs: list[dict[str, Any]], seed: int) -> list[tuple[str, dict[str, 
 
 
 def image_count(inputs: dict[str, Any]) -> int:
-    """Number of images that a pipeline call with these arguments makes."""
+    """Number of images that a pipeline call with these arguments makes.
+
+    Raises RecordingError for counts and seeds that are no integers.
+    """
+    for name in ("seed", "batch_size", "num_images_per_prompt"):
+        value = inputs.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise RecordingError(f"input {name!r} is {value!r}, an integer is expected")
     for name in ("prompt", "prompt_embeds", "class_labels", "image"):
         value = inputs.get(name)
         if isinstance(value, (list, tuple)):
@@ -102,6 +121,13 @@ def _call(pipe: Any, inputs: dict[str, Any]) -> None:
     except _Enough:
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
+    except LDMQError:
+        raise
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as cause:
+        told = {key: value for key, value in inputs.items() if isinstance(value, (str, int, float, list))}
+        raise RecordingError(
+            f"{type(pipe).__name__} cannot be called with {str(told)[:200]}: {' '.join(str(cause).split())[:300]}"
+        ) from cause
 
 
 class _Recorder:

@@ -8,9 +8,8 @@ from typing import Any
 from PIL import Image
 
 from .errors import LDMQError
+from .progress import Progress
 from .recording import generators
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from .artifacts import Report
 from .calls import Recording, SetName, run
+from .errors import VerificationError
 from .families import float_shape, quantizable_layers
 from .layers import QuantizedLayer, quantized_layers
 from .metrics import Power
+from .progress import Progress
 from .quantization import STORAGE_DTYPE, fits_storage
-
-Progress = Callable[[int, int], None]
 
 
 def verify(
@@ -22,7 +22,7 @@ def verify(
 ) -> Report:
     """Output SQNR per timestep against the recorded fp32 float outputs, at the denoiser's own dtype.
 
-    Raises RecordingError if the recording lacks the set `on`.
+    Raises RecordingError if the recording lacks the set `on`, VerificationError for an output with NaN or Inf.
     """
     recording = recording.only(on)
     macs = _MacCounter(denoiser)
@@ -31,6 +31,11 @@ def verify(
         batch = recording.batch(call)
         with macs.listening(only_if=done == 0):
             output = run(denoiser, batch)
+        if not torch.isfinite(output).all():
+            raise VerificationError(
+                f"the {floating_dtype(denoiser)} {type(denoiser).__name__} gives NaN or Inf at timestep "
+                f"{call.timestep:g}, the float32 model does not; choose --dtype float32 or bfloat16"
+            )
         powers[call.timestep] = powers.get(call.timestep, Power()) + Power.between(batch.output, output)
         if progress:
             progress(done + 1, len(recording.calls))

@@ -1,6 +1,5 @@
 """Real pipelines, made once: the bundled trained model, and tiny random ones of other kinds."""
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from diffusers_ldmq.plugin import attach
 from diffusers_ldmq.specs import SCHEMES
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where cores are shared
-gc.freeze()  # imported modules live on; looking through them whenever the package collects takes seconds in all
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

@@ -11,7 +11,7 @@ from PIL import Image
 from diffusers_ldmq import default_inputs
 from diffusers_ldmq.demo import demo_prompts
 from diffusers_ldmq.errors import RecordingError
-from diffusers_ldmq.inputs import captions, read_inputs, read_prompts, with_strength
+from diffusers_ldmq.inputs import captions, read_inputs, read_prompts
 
 Make = Callable[[str], Any]
 
@@ -68,14 +68,6 @@ def test_pipelines_that_need_images_are_refused_naming_what_is_missing(kind: Any
     pipe = kind(**make("bundled").components, requires_safety_checker=False)
     with pytest.raises(RecordingError, match=rf"{kind.__name__} needs {needed}; pass --inputs FILE.jsonl"):
         default_inputs(pipe)
-
-
-def test_strength_is_set_to_1_only_where_the_pipeline_has_it_and_the_user_does_not(make: Make) -> None:
-    bundled = make("bundled")
-    pipe = StableDiffusionImg2ImgPipeline(**bundled.components, requires_safety_checker=False)
-    entries = [{"prompt": "a"}, {"prompt": "b", "strength": 0.5}]
-    assert [entry["strength"] for entry in with_strength(pipe, entries)] == [1.0, 0.5]
-    assert with_strength(bundled, entries) == entries
 
 
 def test_a_prompt_file_has_one_prompt_per_non_empty_line(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from PIL import Image
 from diffusers_ldmq import Recording, record_calls
 from diffusers_ldmq.calls import run
 from diffusers_ldmq.errors import RecordingError
-from diffusers_ldmq.inputs import with_strength
 from diffusers_ldmq.recording import generators, image_count
 
 Recordings = Callable[[str], Recording]
@@ -163,9 +162,8 @@ def test_image_to_image_calibrates_at_the_noisiest_timestep(make: Make, recordin
     pipe = StableDiffusionImg2ImgPipeline(**text_to_image.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     entry = {"prompt": "red apple", "image": Image.new("RGB", (64, 64), "red"), "num_inference_steps": 4}
-    inputs = with_strength(pipe, [entry])
-    assert inputs[0]["strength"] == 1.0
-    recording = record_calls(pipe, inputs)
+    recording = record_calls(pipe, [{**entry, "strength": 0.5}])
+    assert recording.only("select").timesteps() == recordings("bundled").timesteps()[2:]
     assert recording.only("calibrate").timesteps() == recordings("bundled").timesteps()[:1]
 
 
@@ -235,3 +233,17 @@ class IdlePipeline(NestedPipeline):
 def test_a_denoiser_that_is_never_called_is_an_error() -> None:
     with pytest.raises(RecordingError, match="UNet2DConditionModel was never called"):
         record_calls(IdlePipeline(nested_unet(), DDIMScheduler()), [{}])
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"prompt": 5}, "StableDiffusionPipeline cannot be called with .*'prompt': 5"),
+        ({"prompt": "a", "seed": "abc"}, "input 'seed' is 'abc', an integer is expected"),
+        ({"prompt": "a", "num_images_per_prompt": True}, "input 'num_images_per_prompt' is True, an integer"),
+        ({"prompt": "a", "guidance": 3}, "StableDiffusionPipeline takes no argument 'guidance'"),
+    ],
+)
+def test_arguments_that_the_pipeline_cannot_take_are_named(entry: dict[str, Any], told: str, make: Make) -> None:
+    with pytest.raises(RecordingError, match=told):
+        record_calls(make("bundled"), [entry] * 4)

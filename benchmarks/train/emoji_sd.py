@@ -9,7 +9,7 @@ same command resumes) and `pipeline/` (float16, the result).
 
 import logging
 from dataclasses import fields
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ CHANGEABLE = {field.name: field.default for field in fields(Settings) if field.n
 SETTINGS_HELP = f"Repeatable; names and defaults: {', '.join(f'{k}={v}' for k, v in CHANGEABLE.items())}"
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     """What to train; `all` is the three others in this order."""
 
     VAE = "vae"

@@ -25,6 +25,7 @@ from ..pipeline import (
     save_pipeline,
 )
 from ..planning import make_plan
+from ..progress import StageProgress as Progress
 from ..quantization import quantize
 from ..report import comparison_sheet, picture_scores, plot_sqnr
 from ..sampling import Sampling, sample_pictures
@@ -33,8 +34,6 @@ from ..summary import FLOAT, FLOAT_BEST, QUANTIZED, QUANTIZED_BEST, Summary, sum
 from ..timing import StepTimes, fastest_float, seconds_per_step
 from ..verification import floating_dtype, verify
 from . import MODEL, demo_captions, demo_model, demo_prompts
-
-Progress = Callable[[str, int, int], None]
 
 MARKER = ".ldmq-demo"
 """The file by which a later demo knows that it may replace the folder."""

@@ -22,7 +22,7 @@ def place(name: str, denoiser: nn.Module) -> tuple[tuple[int, ...], str, str]:
         if _OUTPUT.match(head):
             return (2, 0, 0), head, "decoder"
         return (0, 0, 0), "embeddings", "encoder"
-    sizes = [len(denoiser.get_submodule(child).__dict__["_modules"]) for child in lists]
+    sizes = [len(list(denoiser.get_submodule(child).children())) for child in lists]
     index = lists.index(match["list"])
     position = sum(sizes[:index]) + int(match["i"])
     return (1, position, 0), match[0].rstrip("."), "decoder" if 2 * position >= sum(sizes) else "encoder"

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..artifacts import LayerInfo, LayerTable, Plan, Profile
 from ..errors import PlanError
@@ -55,7 +55,6 @@ class Request:
     scheme: str = "w8a8"
     keep_float: frozenset[str] | None = None
     target: Target | None = None
-    reasons: dict[str, str] = field(default_factory=dict)
 
     def kept(self, table: LayerTable) -> frozenset[str]:
         """Names of the layers that stay float. Raises PlanError for a name the model lacks."""

@@ -50,6 +50,7 @@ def hybrid(table: LayerTable, profile: Profile | None, request: Request) -> Plan
             f"profile again with --scheme {request.scheme}"
         )
     kept = request.kept(table)
+    _refuse_unmeasured(profile, kept)
     curve = read_curve(profile, kept)
     cut = _cut(table, profile, curve, request)
     layers = _choices(table, profile, request, cut)
@@ -63,6 +64,18 @@ def hybrid(table: LayerTable, profile: Profile | None, request: Request) -> Plan
         reasons=_reasons(table, curve, cut, raised),
         predicted_sqnr_db=curve.predicted[cut],
     )
+
+
+def _refuse_unmeasured(profile: Profile, kept: frozenset[str]) -> None:
+    """Keeping more layers float than were profiled only makes the prediction cautious; keeping fewer makes it wrong."""
+    stored = profile.settings.get("keep_float", "default")
+    default = {info.name for info in profile.table.layers if info.keep_float}
+    unmeasured = sorted((default if stored == "default" else set(stored)) - kept)
+    if unmeasured:
+        raise PlanError(
+            f"the plan would quantize {unmeasured[0]!r} ({len(unmeasured)} such layers), which the profile's block curve "
+            f"left float; profile again with the same --keep-float"
+        )
 
 
 def read_curve(profile: Profile, kept: frozenset[str]) -> _Curve:
@@ -83,6 +96,8 @@ def _cut(table: LayerTable, profile: Profile, curve: _Curve, request: Request) -
     if target is None:
         starts = [k for k in curve.sensitive if blocks[k].part == "decoder"]
         first = starts[0] if starts else len(blocks)
+        if not parse_scheme(request.scheme).is_integer:
+            return first
         share = lambda cut: integer_share(table, _schemes(table, profile, request, cut))  # noqa: E731
         return next((k for k in range(first, len(blocks)) if share(k) >= MIN_INTEGER_SHARE), len(blocks))
     if target.min_sqnr_db is not None:

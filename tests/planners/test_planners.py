@@ -178,7 +178,10 @@ def test_hybrid_keeps_the_familys_defaults_float_and_uniform_does_not(toy: Toys,
     profile = toy_profile([toy("conv_in", 1e-4, keep_float=True), toy("b", 2e-4)])
     assert schemes(make_plan(profile)) == ["float", "w8a8"]
     assert schemes(make_plan(profile.table, planner="uniform")) == ["w8a8", "w8a8"]
-    assert schemes(make_plan(profile, keep_float="none")) == ["w8a8", "w8a8"]
+    with pytest.raises(
+        PlanError, match="would quantize .*conv_in.* which the profile's block curve left float; profile again"
+    ):
+        make_plan(profile, keep_float="none")
     assert schemes(make_plan(profile.table, planner="uniform", keep_float=("b",))) == ["w8a8", "float"]
     assert "family default" in make_plan(profile).layers["conv_in.layer"].reason
 
