@@ -73,7 +73,7 @@ def _refuse_unmeasured(profile: Profile, kept: frozenset[str]) -> None:
     unmeasured = sorted((default if stored == "default" else set(stored)) - kept)
     if unmeasured:
         raise PlanError(
-            f"the plan would quantize {unmeasured[0]!r} ({len(unmeasured)} such layers), which the profile's block curve "
+            f"the plan would quantize {unmeasured[0]!r} ({len(unmeasured)} such layers), which the profile's curve "
             f"left float; profile again with the same --keep-float"
         )
 

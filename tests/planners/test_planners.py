@@ -179,7 +179,7 @@ def test_hybrid_keeps_the_familys_defaults_float_and_uniform_does_not(toy: Toys,
     assert schemes(make_plan(profile)) == ["float", "w8a8"]
     assert schemes(make_plan(profile.table, planner="uniform")) == ["w8a8", "w8a8"]
     with pytest.raises(
-        PlanError, match="would quantize .*conv_in.* which the profile's block curve left float; profile again"
+        PlanError, match="would quantize .*conv_in.* which the profile's curve left float; profile again"
     ):
         make_plan(profile, keep_float="none")
     assert schemes(make_plan(profile.table, planner="uniform", keep_float=("b",))) == ["w8a8", "float"]
