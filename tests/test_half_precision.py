@@ -47,7 +47,7 @@ def test_a_dtype_that_the_pipeline_cannot_sample_in_is_refused(make: Make) -> No
 
 
 def test_an_output_that_is_not_finite_fails_verification(make: Make, recordings: Callable[[str], Any]) -> None:
-    denoiser = find_denoiser(make("pixel"))[1]
+    denoiser: Any = find_denoiser(make("pixel"))[1]
     with torch.no_grad():
         denoiser.conv_out.weight.fill_(float("inf"))
     with pytest.raises(VerificationError, match="gives NaN or Inf at timestep .* choose --dtype float32 or bfloat16"):
