@@ -6,6 +6,7 @@ when delta_n_k exceeds 4x the median. Beyond the paper, a layer whose static ran
 steps badly takes its range from each call (w8a8-dyn), which is still integer x integer.
 """
 
+import math
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -62,7 +63,8 @@ def hybrid(table: LayerTable, profile: Profile | None, request: Request) -> Plan
         layers=layers,
         target=request.target.text if request.target else None,
         reasons=_reasons(table, curve, cut, raised),
-        predicted_sqnr_db=curve.predicted[cut],
+        # with no block left in low precision the curve says nothing: the noise of w8a16 weights is not in it
+        predicted_sqnr_db=curve.predicted[cut] if math.isfinite(curve.predicted[cut]) else None,
     )
 
 
