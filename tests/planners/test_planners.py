@@ -104,6 +104,9 @@ def test_an_sqnr_target_takes_the_shortest_suffix_that_meets_it(target: str, low
     plan = make_plan(five, target)
     assert schemes(plan) == ["w8a8"] * low + ["w8a16"] * (5 - low)
     assert plan.target == target
+    if low == 0:  # nothing in low precision: the curve cannot tell what weight noise alone will do
+        assert plan.predicted_sqnr_db is None
+        return
     assert plan.predicted_sqnr_db is not None
     assert plan.predicted_sqnr_db >= float(target.removeprefix("sqnr>=").removesuffix("dB"))
 
