@@ -72,11 +72,13 @@ class LayerNoise:
 
     signal: [T] power of the layer's float output; noise: scheme -> [T] power of its error under that scheme.
     The key 'w8a16' is weight noise alone, 'a8' activation noise alone (weight left float).
+    own: scheme -> [T] noise power that this layer alone causes at the denoiser's output (its own effect).
     """
 
     name: str
     signal: tuple[float, ...]
     noise: dict[str, tuple[float, ...]]
+    own: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def power(self, scheme: str) -> Power:
         """Signal and noise power over all profiled timesteps."""
@@ -85,31 +87,44 @@ class LayerNoise:
 
 @dataclass(frozen=True, slots=True)
 class BlockCurve:
-    """Accumulated noise at the denoiser's output with blocks 1..k quantized.
+    """Accumulated noise at the denoiser's output as group after group of blocks is quantized.
 
-    signal: [T] power of the float output; noise: [K][T], row k-1 = blocks 1..k in `scheme` (in its dynamic twin where
-    the static range is bad, see planners.low_precision), the rest float.
+    groups: names of the blocks that each of the G points adds, in execution order; signal: [T] power of the float
+    output; noise: [G][T]. Direction 'forward': row g = groups 0..g in `scheme` (in its dynamic twin where the static
+    range is bad, see planners.low_precision), the rest float; 'backward': row g = groups g.. in `scheme`.
+    part: 'weight' = weights alone rounded, 'activation' = inputs alone.
     """
 
     scheme: str
     signal: tuple[float, ...]
     noise: tuple[tuple[float, ...], ...]
+    groups: tuple[tuple[str, ...], ...]
+    direction: str = "forward"
+    part: str = "both"
 
     def nsr(self) -> list[float]:
-        """[K] noise-to-signal power N_k over all profiled timesteps."""
+        """[G] noise-to-signal power N_g over all profiled timesteps."""
         signal = sum(self.signal)
         return [sum(row) / signal for row in self.noise]
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Where quantization noise arises. timesteps: profiled ones, noisiest first; settings: how it was measured."""
+    """Where quantization noise arises. timesteps: [T] profiled ones, noisiest first; settings: how it was measured.
+
+    curve: forward, weights and activations together; curves: the others that `ldmq profile --full` adds.
+    shared: layers that read one and the same tensor and stand side by side (q, k, v), which plans treat alike.
+    schedule: every timestep of the recorded run, noisiest first; the profiled ones are some of them.
+    """
 
     table: LayerTable
     timesteps: tuple[float, ...]
     layers: tuple[LayerNoise, ...]
     curve: BlockCurve
     settings: dict[str, Any]
+    shared: tuple[tuple[str, ...], ...] = ()
+    schedule: tuple[float, ...] = ()
+    curves: tuple[BlockCurve, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def noise_of(self, name: str) -> LayerNoise:

@@ -234,7 +234,8 @@ def _block_curve(denoiser: nn.Module, given: _CurveInputs, settings: ProfileSett
     finally:
         for name, layer in layers.items():
             replace_layer(denoiser, name, layer)
-    return BlockCurve(settings.scheme, tuple(powers[t].signal for t in given.timesteps), tuple(rows))
+    groups = tuple((block.name,) for block in given.table.blocks)
+    return BlockCurve(settings.scheme, tuple(powers[t].signal for t in given.timesteps), tuple(rows), groups)
 
 
 def _output_powers(denoiser: nn.Module, batches: list[Batch]) -> dict[float, Power]:

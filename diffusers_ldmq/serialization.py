@@ -65,7 +65,8 @@ def _dataclass_from_json(kind: Any, data: Any, error: type[LDMQError], where: st
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise error(f"{where or 'top level'}: unknown keys {unknown}; was it written by a newer version?")
-    missing = [n for n, f in known.items() if n not in data and f.default is dataclasses.MISSING]
+    absent = dataclasses.MISSING
+    missing = [n for n, f in known.items() if n not in data and f.default is absent and f.default_factory is absent]
     if missing:
         raise error(f"{where or 'top level'}: missing keys {missing}")
     return kind(**{name: from_json(hints[name], data[name], error, f"{where}.{name}") for name in data})

@@ -217,7 +217,8 @@ def profile_of(toys: Sequence[Toy]) -> Profile:
         for t in toys
     )
     table = LayerTable("Toy", "0123456789abcdef", blocks, layers, 0)
-    return Profile(table, (999.0,), noises, BlockCurve("w8a8", (1.0,), tuple((t.nsr,) for t in toys)), {})
+    curve = BlockCurve("w8a8", (1.0,), tuple((t.nsr,) for t in toys), tuple((t.name,) for t in toys))
+    return Profile(table, (999.0,), noises, curve, {}, schedule=(999.0,))
 
 
 @pytest.fixture
