@@ -145,6 +145,21 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTimes:
+    """Milliseconds on one device, measured in one run. layers: name -> scheme ('float' among them) -> ms of one call.
+
+    step_ms: one whole denoiser call of the float model in its fastest eager dtype; dtype: that dtype, which quantized
+    layers take and give too; rows: batch of the call.
+    """
+
+    device: str
+    dtype: str
+    rows: int
+    step_ms: float
+    layers: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerChoice:
     """The scheme of one layer and the reason for it."""
 
