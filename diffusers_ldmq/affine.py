@@ -145,7 +145,8 @@ def weight_codes(state: LayerState, shape: torch.Size) -> Tensor:
 
 
 def dequantize_weight(state: LayerState, shape: torch.Size) -> Tensor:
-    """The weight in the layer's own coordinates: fp32 of the float layer's `shape`, pre_quant_scale undone."""
+    """The weight in the layer's own coordinates: fp32 of the float layer's `shape`; rotation and pre_quant_scale
+    undone, low-rank branch added."""
     codes = weight_codes(state, shape)
     scale = state.weight_scale.float()
     if scale.dim() == 2:  # per group
@@ -154,9 +155,66 @@ def dequantize_weight(state: LayerState, shape: torch.Size) -> Tensor:
     else:
         scale = per_channel(scale, codes)
     weight = codes.float() * scale
-    if state.pre_quant_scale is None:
-        return weight
+    if state.rotation:
+        weight = rotate(weight, hadamard(state.rotation, weight.device), 1)
+    if state.pre_quant_scale is not None:
+        weight = scale_inputs(weight, state.pre_quant_scale)
+    return weight if not state.rank else weight + low_rank_weight(state, shape)
+
+
+def low_rank_weight(state: LayerState, shape: torch.Size) -> Tensor:
+    """What the low-rank branch adds to the weight: fp32 of `shape`."""
+    assert state.low_rank_a is not None
+    assert state.low_rank_b is not None
+    return (state.low_rank_b.float() @ state.low_rank_a.float()).reshape(shape)
+
+
+def weight_to_quantize(weight: Tensor, state: LayerState) -> Tensor:
+    """What the codes of a float weight must stand for, given the state's low-rank branch, pre_quant_scale and
+    rotation: ((W - B A) / pre_quant_scale) @ H as fp32 of the same shape. The inverse of `dequantize_weight`."""
+    weight = weight.detach().float()
+    if state.rank:
+        weight = weight - low_rank_weight(state, weight.shape)
+    if state.pre_quant_scale is not None:
+        weight = scale_inputs(weight, state.pre_quant_scale.reciprocal())
+    return rotate(weight, hadamard(state.rotation, weight.device), 1) if state.rotation else weight
+
+
+def input_to_quantize(x: Tensor, state: LayerState, is_conv: bool) -> Tensor:
+    """What becomes integers of a layer's input [..., K] or [B, C, h, w]: scaled and rotated as the state says, then
+    fp32; x itself where it says neither."""
+    if state.pre_quant_scale is not None:
+        x = x.float() * (state.pre_quant_scale.reshape(-1, 1, 1) if is_conv else state.pre_quant_scale)
+    return rotate(x.float(), hadamard(state.rotation, x.device), 1 if is_conv else -1) if state.rotation else x
+
+
+def scale_inputs(weight: Tensor, factors: Tensor) -> Tensor:
+    """A weight [N, C/groups, ...] with every input channel multiplied by its factor. factors: [C]."""
     # rows of a convolution's group see that group's channels only: [groups, N/groups, C/groups, ...]
-    groups = state.pre_quant_scale.numel() // shape[1]
-    grouped = weight.unflatten(0, (groups, -1))
-    return grouped.mul_(state.pre_quant_scale.reshape(groups, 1, shape[1], *[1] * (len(shape) - 2))).flatten(0, 1)
+    groups = factors.numel() // weight.shape[1]
+    factors = factors.reshape(groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
+    return (weight.unflatten(0, (groups, -1)) * factors).flatten(0, 1)
+
+
+def hadamard(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Orthonormal Hadamard matrix in natural (Sylvester) order: fp32 [size, size], symmetric, its own inverse.
+
+    size: a power of two.
+    """
+    matrix = torch.ones(1, 1, device=device)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix * size**-0.5
+
+
+def rotate(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    """x with every block of b neighbours along `dim` multiplied by `matrix` [b, b] (symmetric); same shape.
+
+    b must divide x.shape[dim]. A channels_last tensor stays one.
+    """
+    size = matrix.shape[0]
+    if dim in (-1, x.dim() - 1):
+        return (x.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+    if x.movedim(dim, -1).is_contiguous():
+        return rotate(x.movedim(dim, -1), matrix, -1).movedim(-1, dim)
+    return (matrix @ x.flatten(dim + 1).unflatten(dim, (-1, size))).reshape(x.shape)

@@ -1,5 +1,6 @@
 """A layer in a backend's form, the stand-in its weight becomes meanwhile, and how a change is noticed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,18 @@ def identity(name: str, tensor: Tensor | None) -> tuple[str, Tensor | None, int 
     if tensor is None:
         return name, None, None, 0
     return name, tensor, None if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
+def is_current(pack: Pack, parameters: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor | None]) -> bool:
+    """False if any tensor of the layer was assigned, changed in place or moved since packing, by whatever route:
+    loaders and offloading write into `_parameters` and `.data`, so watching __setattr__ would not do."""
+    for name, tensor, version, pointer in pack.made_of:
+        now = parameters[name] if name in parameters else buffers.get(name)
+        if now is not tensor:
+            return False
+        if now is not None and (now.data_ptr() != pointer or (version is not None and now._version != version)):
+            return False
+    return True
 
 
 def leave_file(tensor: Tensor) -> Tensor:

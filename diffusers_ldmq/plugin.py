@@ -21,8 +21,9 @@ from .artifacts import FORMAT_VERSION
 from .errors import CheckpointError, LDMQError
 from .families import quantizable_layers
 from .layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
+from .manifest import checked_entries, entry_of, prepare
 from .quantization import STORAGE_DTYPE, fits_storage, replace_layer
-from .specs import parse_scheme, tensor_specs
+from .specs import tensor_specs
 from .version import __version__
 
 NAME = "ldmq"
@@ -38,7 +39,8 @@ class LDMQMethod(StrEnum):
 class LDMQConfig(QuantizationConfigMixin):
     """What config.json says of a quantized denoiser.
 
-    layers: layer name -> {'scheme': ..., 'tensors': [...]}, exactly the tensors the file holds for it;
+    layers: layer name -> {'scheme': ..., 'tensors': [...]}, exactly the tensors the file holds for it, and 'rotation'
+    and 'rank' where the layer has them;
     compute_dtype: floating dtype the model was verified in; format_version: of this description.
     """
 
@@ -65,7 +67,7 @@ class LDMQConfig(QuantizationConfigMixin):
         if compute_dtype not in COMPUTE_DTYPES:
             raise CheckpointError(f"quantization_config: compute_dtype is {compute_dtype!r}, not in {COMPUTE_DTYPES}")
         self.quant_method = LDMQMethod.LDMQ  # pyright: ignore[reportAttributeAccessIssue]  (theirs is a closed Enum)
-        self.layers = _checked_layers(layers)
+        self.layers = checked_entries(layers)
         self.compute_dtype = compute_dtype
         self.format_version = format_version
         self.ldmq_version = ldmq_version
@@ -83,28 +85,6 @@ class LDMQConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """What `print(config)` shows."""
         return self.to_dict()
-
-
-def _checked_layers(layers: Any) -> dict[str, dict[str, Any]]:
-    if layers is None:
-        return {}
-    if not isinstance(layers, dict):
-        raise CheckpointError(f"quantization_config: 'layers' is a {type(layers).__name__}, expected an object")
-    for name, entry in layers.items():
-        if not _is_entry(entry):
-            raise CheckpointError(f"quantization_config, layer {name!r}: expected scheme and tensors, found {entry!r}")
-        try:
-            parse_scheme(entry["scheme"])
-        except LDMQError as cause:
-            raise CheckpointError(f"quantization_config, layer {name!r}: {cause}") from None
-    return layers
-
-
-def _is_entry(entry: Any) -> bool:
-    """True for {'scheme': ..., 'tensors': [names]}."""
-    if not isinstance(entry, dict) or set(entry) != {"scheme", "tensors"} or not isinstance(entry["tensors"], list):
-        return False
-    return all(isinstance(name, str) for name in entry["tensors"])
 
 
 class LDMQQuantizer(DiffusersQuantizer):
@@ -134,7 +114,7 @@ class LDMQQuantizer(DiffusersQuantizer):
                 raise CheckpointError(f"quantization_config names layer {name!r}, which {type(model).__name__} lacks")
             empty = _empty_like(layers[name])
             try:
-                empty.prepare(parse_scheme(entry["scheme"]), frozenset(entry["tensors"]))
+                prepare(empty, entry)
             except LDMQError as cause:
                 raise CheckpointError(f"quantization_config, layer {name!r}: {cause}") from None
             replace_layer(model, name, empty)
@@ -171,7 +151,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         raw = state_dict[name]
         exact = None
         if isinstance(module, QuantizedLayer) and not module.scheme.is_float:
-            exact = tensor_specs(module.scheme, module.geometry)[leaf].dtype
+            exact = tensor_specs(module.scheme, module.geometry, module.rank)[leaf].dtype
         if exact is not None and raw.dtype != exact:
             raise CheckpointError(f"{_place(name)}: dtype {raw.dtype}, expected {exact}; wrong file?")
         if exact is None and not raw.is_floating_point():
@@ -230,10 +210,7 @@ def stored(name: str, value: Tensor) -> Tensor:
 
 def attach(denoiser: Any) -> None:
     """Make a denoiser that `quantize` returned one that diffusers saves: manifest, quantizer and config item."""
-    layers = {
-        name: {"scheme": layer.scheme.name, "tensors": sorted(layer.state().tensors())}
-        for name, layer in quantized_layers(denoiser).items()
-    }
+    layers = {name: entry_of(layer) for name, layer in quantized_layers(denoiser).items()}
     dtype = next((p.dtype for p in denoiser.parameters() if p.is_floating_point()), torch.float32)
     config = LDMQConfig(layers, compute_dtype=str(dtype).removeprefix("torch."))
     denoiser.hf_quantizer = LDMQQuantizer(config, pre_quantized=True)

@@ -10,22 +10,24 @@ back from the packed form.
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .affine import dequantize_weight
 from .backends import Backend, choose_backend
-from .backends.reference import dense_gradient
 from .errors import BackendError, LDMQError
-from .packing import Pack, identity, is_stand_in, leave_file, make_stand_in
-from .specs import Geometry, LayerState, Scheme, check_state, geometry_of, parse_scheme, tensor_specs
+from .gradient import straight_through
+from .packing import Pack, identity, is_current, is_stand_in, leave_file, make_stand_in
+from .specs import Geometry, LayerState, Scheme, check_rotation, check_state, geometry_of, parse_scheme, tensor_specs
 
 # bias before weight: pipelines read the dtype of a module's first parameter and must not find integers
 PARAMETERS = ("bias", "weight")
 # buffers, because model.dtype and offloading look at parameters
-BUFFERS = ("weight_scale", "input_scale", "input_zero_point", "pre_quant_scale")
+BUFFERS = ("weight_scale", "input_scale", "input_zero_point", "pre_quant_scale", "low_rank_a", "low_rank_b")
+CAST = ("bias", "low_rank_a", "low_rank_b")
+"""What follows .to(dtype); everything else only moves."""
 _packing = threading.RLock()
 L = TypeVar("L", bound="QuantizedLayer")
 
@@ -34,6 +36,7 @@ class QuantizedLayer(nn.Module):
     """What QuantLinear and QuantConv2d share. A plain float layer until a state is loaded."""
 
     _scheme: Scheme | None = None
+    _rotation: int = 0
     _pack: Pack | None = None
     _requested_backend: str | None = None
 
@@ -58,6 +61,16 @@ class QuantizedLayer(nn.Module):
         return self._scheme or parse_scheme("float")
 
     @property
+    def rotation(self) -> int:
+        """Hadamard block size over input channels; 0 = none."""
+        return self._rotation
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank branch; 0 = none."""
+        return 0 if (branch := self._buffers.get("low_rank_a")) is None else int(branch.shape[0])
+
+    @property
     def geometry(self) -> Geometry:
         """Raises BackendError if the layer walks its input in a way that integer kernels do not know."""
         return geometry_of(self)
@@ -77,13 +90,15 @@ class QuantizedLayer(nn.Module):
         if self._scheme is not None:
             self._choose_backend()
 
-    def prepare(self, scheme: Scheme, names: set[str] | frozenset[str]) -> None:
+    def prepare(self, scheme: Scheme, names: set[str] | frozenset[str], rotation: int = 0, rank: int = 0) -> None:
         """Give the layer empty tensors for a checkpoint's values, on the device it is on (also meta).
 
-        names: those of the file, as in LayerState. Values are filled in by assignment or load_state_dict.
-        Raises LDMQError if the scheme needs a tensor that is not named, or the name of one it cannot have.
+        names: those of the file, as in LayerState; rotation, rank: as there, too. Values are filled in by assignment
+        or load_state_dict. Raises LDMQError if the scheme needs a tensor that is not named, for the name of one it
+        cannot have, and for a rotation or rank that does not fit the layer.
         """
-        specs = tensor_specs(scheme, self.geometry)
+        check_rotation(rotation, self.geometry)
+        specs = tensor_specs(scheme, self.geometry, rank)
         required = {name for name, spec in specs.items() if spec.required}
         if not required <= names <= set(specs):
             raise LDMQError(
@@ -98,7 +113,7 @@ class QuantizedLayer(nn.Module):
             for name, spec in specs.items()
             if name in names
         }
-        self._adopt(LayerState(scheme, **made))
+        self._adopt(LayerState(scheme, **made, rotation=rotation))
 
     def load_state(self, state: LayerState) -> None:
         """Take over a state; its tensors move to this layer's device unless that is meta.
@@ -132,26 +147,17 @@ class QuantizedLayer(nn.Module):
 
     def _differentiable(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled():
-            return cast(Tensor, _StraightThrough.apply(x, self))
+            return straight_through(x, self._run, self._own_weight, self.geometry)
         return self._run(x)
+
+    def _own_weight(self) -> Tensor:
+        return dequantize_weight(self.state(), torch.Size(self.geometry.shape))
 
     def _run(self, x: Tensor) -> Tensor:
         pack = self._pack
-        if pack is None or pack.device != x.device or not self._is_current(pack):
+        if pack is None or pack.device != x.device or not is_current(pack, self._parameters, self._buffers):
             pack = self._packed_for(x)
         return pack.backend.run(x, pack.data)
-
-    def _is_current(self, pack: Pack) -> bool:
-        """False if any tensor was assigned, changed in place or moved since packing, by whatever route:
-        loaders and offloading write into `_parameters` and `.data`, so watching __setattr__ would not do."""
-        parameters, buffers = self._parameters, self._buffers
-        for name, tensor, version, pointer in pack.made_of:
-            now = parameters[name] if name in parameters else buffers.get(name)
-            if now is not tensor:
-                return False
-            if now is not None and (now.data_ptr() != pointer or (version is not None and now._version != version)):
-                return False
-        return True
 
     def _packed_for(self, x: Tensor) -> Pack:
         # what is made in inference mode could not be changed or differentiated through later
@@ -181,7 +187,7 @@ class QuantizedLayer(nn.Module):
 
     def _adopt(self, state: LayerState) -> None:
         self._pack = None
-        self._scheme = state.scheme
+        self._scheme, self._rotation = state.scheme, state.rotation
         for name in PARAMETERS:
             self._parameters.pop(name, None)
             value = getattr(state, name)
@@ -195,7 +201,8 @@ class QuantizedLayer(nn.Module):
         """The state, whose weight may be the stand-in."""
         if self._scheme is None:
             raise LDMQError("this layer is not quantized; it has no LayerState")
-        return LayerState(self._scheme, **{name: tensor.detach() for name, tensor in self._held().items()})
+        held = {name: tensor.detach() for name, tensor in self._held().items()}
+        return LayerState(self._scheme, **held, rotation=self._rotation)
 
     def _held(self) -> dict[str, Tensor]:
         """Every tensor that is there, by name."""
@@ -254,7 +261,7 @@ class QuantizedLayer(nn.Module):
         for name, tensor in before.items():
             now = getattr(self, name)
             # files want contiguous codes, and .to(memory_format=channels_last) would reorder them
-            if name != "bias" and (now.dtype != tensor.dtype or not now.is_contiguous()):
+            if name not in CAST and (now.dtype != tensor.dtype or not now.is_contiguous()):
                 moved = tensor.to(now.device)
                 setattr(self, name, nn.Parameter(moved, requires_grad=False) if name == "weight" else moved)
         return self
@@ -272,22 +279,6 @@ class QuantizedLayer(nn.Module):
 def _uncompiled(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """Packed tensors and raw pointers mean nothing to a compiler: it works around this call."""
     return layer._differentiable(x)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward as the integers have it; backward as the dequantized float layer, rounding taken as the
-    identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLayer) -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        return layer._run(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        layer, (grad,) = ctx.layer, grads
-        weight = dequantize_weight(layer.state(), torch.Size(layer.geometry.shape)).to(grad.dtype)
-        return dense_gradient(grad, weight, ctx.shape, layer.geometry), None
 
 
 def _parent(layer: nn.Module) -> type[nn.Module]:

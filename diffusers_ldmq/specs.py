@@ -161,6 +161,10 @@ class LayerState:
     bias: compute dtype [N] or None.
     input_scale: fp32 [], input_zero_point: int32 [] in -128..127 (signed domain); None where not static.
     pre_quant_scale: fp32 [C_in] or None; multiplies the input, the weight holds W / pre_quant_scale.
+    rotation: after that, blocks of so many input channels are multiplied by an orthonormal Hadamard matrix H, the
+        weight holds (W / pre_quant_scale) @ H; a power of two that divides C_in / groups, 0 = none.
+    low_rank_a: [r, K], low_rank_b: [N, r], compute dtype, or None both; x A^T B^T of the layer's own input (neither
+        scaled nor rotated) is added to the output, so the codes hold what A and B leave of W.
     """
 
     scheme: Scheme
@@ -170,10 +174,18 @@ class LayerState:
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
     pre_quant_scale: Tensor | None = None
+    rotation: int = 0
+    low_rank_a: Tensor | None = None
+    low_rank_b: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r of the low-rank branch; 0 = none."""
+        return 0 if self.low_rank_a is None else int(self.low_rank_a.shape[0])
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are present, under the names they have in a file."""
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scheme"}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("scheme", "rotation")}
         return {name: value for name, value in found.items() if value is not None}
 
     def to(self, device: torch.device | str) -> "LayerState":
@@ -189,10 +201,14 @@ class TensorSpec(NamedTuple):
     required: bool
 
 
-def tensor_specs(scheme: Scheme, geometry: Geometry) -> dict[str, TensorSpec]:
-    """Shape and dtype of every tensor a layer of this scheme may hold, by its name in LayerState and in a file."""
+def tensor_specs(scheme: Scheme, geometry: Geometry, rank: int = 0) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor a layer of this scheme may hold, by its name in LayerState and in a file.
+
+    rank: of the low-rank branch, 0 = none. Raises LDMQError for a scheme or rank that the layer cannot have.
+    """
     if scheme.weight is None:
         raise LDMQError("scheme 'float' holds no integers; a float layer has no LayerState")
+    check_rank(rank, geometry)
     rows, columns, size = geometry.shape[0], geometry.columns, scheme.weight.group_size
     packed = scheme.weight.bits == 4
     specs = {
@@ -206,12 +222,38 @@ def tensor_specs(scheme: Scheme, geometry: Geometry) -> dict[str, TensorSpec]:
     if scheme.is_static:
         specs["input_scale"] = TensorSpec((), torch.float32, True)
         specs["input_zero_point"] = TensorSpec((), torch.int32, True)
+    if rank:
+        specs["low_rank_a"] = TensorSpec((rank, columns), None, True)
+        specs["low_rank_b"] = TensorSpec((rows, rank), None, True)
     return specs
 
 
+def check_rank(rank: int, geometry: Geometry) -> None:
+    """Raises LDMQError unless a low-rank branch of this rank (0 = none) can stand beside the layer's weight."""
+    largest = min(geometry.shape[0], geometry.columns) if geometry.groups == 1 else 0
+    if not 0 <= rank <= largest:
+        why = "a convolution with groups has no low-rank branch" if geometry.groups > 1 else f"expected 0..{largest}"
+        raise LDMQError(f"low-rank branch of rank {rank} beside a weight of shape {list(geometry.shape)}: {why}")
+
+
+def check_rotation(rotation: int, geometry: Geometry) -> None:
+    """Raises LDMQError unless `rotation` is 0 or a block size that Hadamard matrices have and the layer allows."""
+    channels = geometry.shape[1]
+    if rotation == 0 or (rotation > 1 and rotation & (rotation - 1) == 0 and channels % rotation == 0):
+        return
+    raise LDMQError(
+        f"rotation {rotation}: expected 0 or a power of two from 2 on that divides the {channels} input channels of "
+        f"{'a group of ' if geometry.groups > 1 else ''}the layer"
+    )
+
+
 def check_state(state: LayerState, geometry: Geometry) -> None:
-    """Raises LDMQError naming the tensor if one is missing, or has a shape or dtype its scheme does not ask for."""
-    specs, found = tensor_specs(state.scheme, geometry), state.tensors()
+    """Raises LDMQError naming the tensor if one is missing, or has a shape or dtype its scheme does not ask for; also
+    if the layer cannot be rotated in blocks of that size or have a branch of that rank."""
+    check_rotation(state.rotation, geometry)
+    if state.low_rank_a is not None and state.low_rank_a.dim() != 2:
+        raise LDMQError(f"tensor 'low_rank_a' must have two dimensions; found {list(state.low_rank_a.shape)}")
+    specs, found = tensor_specs(state.scheme, geometry, state.rank), state.tensors()
     for name in sorted(specs.keys() | found.keys()):
         spec, tensor = specs.get(name), found.get(name)
         if spec is None:

@@ -4,19 +4,34 @@ Activations are u8 (signed codes + 128): with s8 ones oneDNN falls back to its s
 points cost nothing there and padding is exact with any of them. Only the packed weight lives on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..affine import hadamard, rotate
 from ..specs import Geometry, LayerState
 from .codes import InputStep, input_step
 from .contract import Backend
 from .cpu import has_vnni
-from .reference import dense
+from .reference import dense, low_rank_output
 
 _OPERATORS = ("qlinear_pointwise", "qlinear_prepack", "qconv2d_pointwise", "qconv_prepack")
 _OUTPUTS = (torch.float32, torch.bfloat16)  # fp16 works for linears only
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Surroundings:
+    """What a corrected layer does around its integers. pre: fp32, shaped to broadcast against the input.
+
+    matrix: Hadamard, fp32 [b, b]; a, b: the low-rank branch, compute dtype [r, K] and [N, r].
+    """
+
+    is_conv: bool
+    pre: Tensor | None
+    matrix: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +39,7 @@ class IntegerLayer:
     """A layer in oneDNN's form. weight: its packed (opaque) tensor; zero_point: in the u8 domain."""
 
     geometry: Geometry
+    around: Surroundings
     step: InputStep
     weight: Tensor
     weight_scale: Tensor
@@ -40,11 +56,11 @@ class CodesLayer:
     """A weight-only layer: plain int8 codes (a convolution's in channels_last), made float in every call."""
 
     geometry: Geometry
+    around: Surroundings
     step: InputStep
     codes: Tensor
     weight_scale: Tensor
     bias: Tensor | None
-    pre_quant_scale: Tensor | None
 
 
 class CpuOneDNN(Backend):
@@ -69,16 +85,20 @@ class CpuOneDNN(Backend):
 
     def pack(self, state: LayerState, geometry: Geometry) -> IntegerLayer | CodesLayer:
         bias = None if state.bias is None else state.bias.float().contiguous()
-        scale, step = state.weight_scale.contiguous(), input_step(state, geometry)
+        around = _surroundings(state, geometry)
+        # the quantize step multiplies by pre_quant_scale itself, unless something comes between the two
+        given = state if around.pre is None else replace(state, pre_quant_scale=None)
+        scale, step = state.weight_scale.contiguous(), input_step(given, geometry)
         if not state.scheme.is_integer:
             # a copy: the original may be part of a mapped file, which it would keep in memory
             layout = torch.channels_last if geometry.is_conv else torch.contiguous_format
             codes = state.weight.clone(memory_format=layout)
-            return CodesLayer(geometry, step, codes, scale, bias, state.pre_quant_scale)
+            return CodesLayer(geometry, around, step, codes, scale, bias)
         as_linear = geometry.is_conv and _is_pointwise(geometry)
         zero_point = 0 if state.input_zero_point is None else int(state.input_zero_point)
         return IntegerLayer(
             geometry=geometry,
+            around=around,
             step=step,
             weight=_packed_weight(state.weight, geometry, as_linear),
             weight_scale=scale,
@@ -99,16 +119,40 @@ class CpuOneDNN(Backend):
         return dense_codes.reshape(packed.geometry.shape).contiguous()
 
     def run(self, x: Tensor, packed: IntegerLayer | CodesLayer) -> Tensor:
+        around = packed.around
         if isinstance(packed, CodesLayer):
-            return _weight_only(x, packed)
-        _check_input(x, packed.geometry)
-        dtype = x.dtype if x.dtype in _OUTPUTS else torch.float32
-        if packed.is_dynamic:
-            codes, scale = packed.step.dynamic(x)
-            out = packed.step.scaled(_multiply(codes, packed, torch.float32, None), scale, packed.bias, dtype)
+            out = _weight_only(x, packed)
         else:
-            out = _multiply(packed.step.static(x), packed, dtype, packed.bias)
-        return out if dtype == x.dtype else out.to(x.dtype)
+            _check_input(x, packed.geometry)
+            out = _integer(_turned(x, around), packed, x.dtype if x.dtype in _OUTPUTS else torch.float32)
+            out = out if out.dtype == x.dtype else out.to(x.dtype)
+        if around.a is None or around.b is None:
+            return out
+        return out.add_(low_rank_output(x, around.a.to(x.dtype), around.b.to(x.dtype), packed.geometry))
+
+
+def _surroundings(state: LayerState, geometry: Geometry) -> Surroundings:
+    matrix = hadamard(state.rotation, state.weight.device) if state.rotation else None
+    pre = state.pre_quant_scale if matrix is not None or not state.scheme.is_integer else None
+    if pre is not None and geometry.is_conv:
+        pre = pre.reshape(-1, 1, 1)
+    return Surroundings(geometry.is_conv, pre, matrix, state.low_rank_a, state.low_rank_b)
+
+
+def _turned(x: Tensor, around: Surroundings) -> Tensor:
+    """x scaled, in its own dtype, and rotated, which makes it fp32."""
+    if around.matrix is None:
+        return x if around.pre is None else x * around.pre.to(x.dtype)
+    x = x.float() if around.pre is None else x.float() * around.pre
+    return rotate(x, around.matrix, 1 if around.is_conv else -1)
+
+
+def _integer(x: Tensor, layer: IntegerLayer, dtype: torch.dtype) -> Tensor:
+    """Output of the integer kernels, with bias, as `dtype`."""
+    if not layer.is_dynamic:
+        return _multiply(layer.step.static(x), layer, dtype, layer.bias)
+    codes, scale = layer.step.dynamic(x)
+    return layer.step.scaled(_multiply(codes, layer, torch.float32, None), scale, layer.bias, dtype)
 
 
 def _multiply(codes: Tensor, layer: IntegerLayer, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
@@ -137,11 +181,9 @@ def _packed_weight(weight: Tensor, geometry: Geometry, as_linear: bool) -> Tenso
 
 
 def _weight_only(x: Tensor, layer: CodesLayer) -> Tensor:
-    if layer.pre_quant_scale is not None:
-        scale = layer.pre_quant_scale.to(x.dtype)
-        x = x * (scale.reshape(-1, 1, 1) if layer.geometry.is_conv else scale)
     weight = layer.step.weight(layer.codes, layer.weight_scale, x.dtype)
-    return dense(x, weight, None if layer.bias is None else layer.bias.to(x.dtype), layer.geometry)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return dense(_turned(x, layer.around).to(x.dtype), weight, bias, layer.geometry)
 
 
 def _is_pointwise(geometry: Geometry) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from ..affine import QParams, dequantize_weight, quantize, token_qparams, weight_codes
+from ..affine import QParams, dequantize_weight, input_to_quantize, quantize, token_qparams, weight_codes
 from ..specs import Geometry, LayerState
 from .contract import Backend
 
@@ -43,6 +43,8 @@ class Reference(Backend):
             weight = dequantize_weight(state, torch.Size(geometry.shape)).to(x.dtype)
             return dense(x, weight, None if state.bias is None else state.bias.to(x.dtype), geometry)
         out = integer_output(x, state, geometry)
+        if state.low_rank_a is not None and state.low_rank_b is not None:
+            out += low_rank_output(x.float(), state.low_rank_a.float(), state.low_rank_b.float(), geometry)
         if state.bias is not None:
             out += output_vector(state.bias.float(), geometry)
         return out.to(x.dtype)
@@ -53,6 +55,12 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) ->
     if not geometry.is_conv:
         return F.linear(x, weight, bias)
     return F.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+
+
+def low_rank_output(x: Tensor, a: Tensor, b: Tensor, geometry: Geometry) -> Tensor:
+    """(x A^T) B^T, for a convolution one with r outputs and then a 1x1 one. a: [r, K], b: [N, r], all of x's dtype."""
+    first = dense(x, a.reshape(-1, *geometry.shape[1:]), None, geometry)
+    return F.conv2d(first, b[:, :, None, None]) if geometry.is_conv else F.linear(first, b)
 
 
 def dense_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
@@ -71,8 +79,7 @@ def output_vector(value: Tensor, geometry: Geometry) -> Tensor:
 def integer_output(x: Tensor, state: LayerState, geometry: Geometry) -> Tensor:
     """Scaled integer accumulators, without bias, in fp32. x: [..., K] or [B, C, h, w], any float dtype."""
     assert state.scheme.activation is not None
-    if state.pre_quant_scale is not None:
-        x = x.float() * (state.pre_quant_scale.reshape(-1, 1, 1) if geometry.is_conv else state.pre_quant_scale)
+    x = input_to_quantize(x, state, geometry.is_conv)
     qparams = input_qparams(x, state, geometry)
     codes = quantize(x, qparams, state.scheme.activation).float().sub_(qparams.zero_point)
     weight = weight_codes(state, torch.Size(geometry.shape)).float()

@@ -1,0 +1,32 @@
+"""How gradients pass a layer of integers: straight through the rounding."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .backends.reference import dense_gradient
+from .specs import Geometry
+
+
+def straight_through(
+    x: Tensor, forward: Callable[[Tensor], Tensor], weight: Callable[[], Tensor], geometry: Geometry
+) -> Tensor:
+    """forward(x), whose gradient is that of the float layer with this weight: rounding is taken as the identity
+    (the straight-through estimator). weight: gives fp32 of the geometry's shape, asked for only in the backward pass.
+    """
+    return cast(Tensor, _StraightThrough.apply(x, forward, weight, geometry))
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, forward, ctx.weight, ctx.geometry = args
+        ctx.shape = x.shape
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        return dense_gradient(grad, ctx.weight().to(grad.dtype), ctx.shape, ctx.geometry), None, None, None
