@@ -20,6 +20,7 @@ from diffusers_ldmq.artifacts import LayerChoice, Plan
 from diffusers_ldmq.backends import BACKENDS, Backend
 from diffusers_ldmq.calibration import calibrate
 from diffusers_ldmq.calls import SampleId
+from diffusers_ldmq.corrections import CORRECTIONS
 from diffusers_ldmq.errors import CalibrationError
 from diffusers_ldmq.families import FAMILIES, fingerprint, quantizable_layers
 from diffusers_ldmq.metrics import sqnr
@@ -37,6 +38,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "observers": OBSERVERS,
     "planners": PLANNERS,
     "backends": BACKENDS,
+    "corrections": CORRECTIONS,
 }
 
 
@@ -69,6 +71,7 @@ def test_a_family_places_any_layer_and_keeps_a_readable_pattern(name: str) -> No
     assert part in ("encoder", "middle", "decoder")
     assert all(isinstance(number, int) for number in key)
     assert block
+    assert family.skip_split("no.such.layer", nn.Module()) is None
 
 
 @pytest.mark.parametrize("n", [None, 1, 2, 10**6])
@@ -186,8 +189,8 @@ ORDER = (
     ("layers", "manifest"),
     ("recording", "inputs"),
     ("calibration",),
-    ("quantization",),
-    ("profiling", "planning", "verification"),
+    ("quantization", "corrections"),
+    ("profiling", "planning", "verification", "correction"),
     ("plugin",),
     ("job",),
     ("pipeline",),
