@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..affine import weight_rows
+from ..errors import CalibrationError
 from ..specs import LayerState, QuantSpec, geometry_of
 from .contract import LayerInputs, channel_absmax, rebuild
 
@@ -29,8 +30,13 @@ def dilate(layer: nn.Module, state: LayerState, inputs: LayerInputs) -> LayerSta
 
 
 def column_room(weight: Tensor, spec: QuantSpec, groups: int) -> Tensor:
-    """[C_in] factors >= 1 by which input channels of a weight [N, C/groups, ...] can grow without changing a scale."""
+    """[C_in] factors >= 1 by which input channels of a weight [N, C/groups, ...] can grow without changing a scale.
+
+    Raises CalibrationError for NaN or Inf.
+    """
     rows = weight_rows(weight, spec)
+    if not torch.isfinite(rows).all():
+        raise CalibrationError("a weight to dilate holds NaN or Inf; quantization needs finite values")
     share = rows.abs() / rows.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     share = share.flatten(1)[:, : weight[0].numel()].reshape(weight.shape)
     return channel_absmax(share, groups).clamp_min(1 / LARGEST).reciprocal()
