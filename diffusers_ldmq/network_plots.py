@@ -17,7 +17,7 @@ from .drawing import (
 )
 from .planners import fp32_bytes, layer_bytes
 
-BEFORE, OTHER = "#e6eaef", "#b6bfc9"
+BEFORE, OTHER = "#dde2e8", "#b6bfc9"
 """Colours of the model as it was, and of what is in no layer."""
 
 
@@ -167,6 +167,6 @@ def _draw_map(axes: Any, table: LayerTable, plan: Plan) -> None:
     split_parts(axes, [block.part for block in table.blocks])
     axes.set_ylim(tallest, 0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("layers of the block")
+    axes.set_ylabel("layers of the block (one cell each)")
     axes.set_xlabel("block, in the order in which they run")
     scheme_legend(axes, (_scheme(plan, i.name) for i in table.layers), loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -120,9 +120,9 @@ def _facts(inputs: ReportInputs) -> list[dict[str, str]]:
     state, told = _target(inputs)
     predicted = "not predicted" if plan.predicted_sqnr_db is None else told_db(plan.predicted_sqnr_db)
     rows = [
-        ("Output SQNR, measured", told_db(report.sqnr_db), "over all recorded steps, on prompts not seen before", ""),
-        ("Output SQNR, predicted", predicted, "by the planner, before quantizing", ""),
-        ("Worst timestep", told_db(worst), f"at timestep {timestep:g}", ""),
+        ("Measured SQNR", told_db(report.sqnr_db), "at the output, over all steps, on prompts not seen before", ""),
+        ("Predicted SQNR", predicted, "at the output, by the planner, before quantizing", ""),
+        ("Worst timestep", told_db(worst), f"SQNR at timestep {timestep:g}", ""),
         (
             "Size of the weights",
             f"{mb(report.bytes)}",

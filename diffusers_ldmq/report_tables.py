@@ -11,6 +11,24 @@ from .planners import layer_bytes
 from .plots import own_effect_db
 from .summary import mb
 
+TOLD = {
+    "delta_n": "noise power that each block adds, relative to the signal",
+    "threshold": "added noise above which a block counts as sensitive",
+    "sensitive_blocks": "sensitive blocks",
+    "cut_off": "cut-off: from this block on, higher precision",
+    "suffix_layers_in_float": "layers after the cut-off that stay float",
+    "measured_on_select_db": "output SQNR on the calls that plans are chosen with (dB)",
+    "raised_after_measuring": "blocks raised after measuring, to meet the target",
+    "predicted_curve_db": "predicted output SQNR per timestep (dB)",
+    "selection": "which recorded calls give the input ranges",
+    "observer": "how a range is found",
+    "scheme": "scheme of the block curve",
+    "keep_float": "layers kept float",
+    "calls": "denoiser calls profiled",
+    "images": "pictures of each call",
+}
+"""Keys of plan.reasons and profile.settings -> what they mean; others are shown under their own name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -103,7 +121,7 @@ def _change(pair: Sequence[float]) -> str:
 
 def in_words(data: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """(name, text or list of (name, text)) of plain JSON data, for people."""
-    return [(name.replace("_", " "), _nested(value)) for name, value in data.items()]
+    return [(TOLD.get(name, name.replace("_", " ")), _nested(value)) for name, value in data.items()]
 
 
 def _nested(value: Any) -> str | list[tuple[str, str]]:

@@ -101,7 +101,7 @@ def test_a_full_report_shows_everything(full_page: Page) -> None:
         "some/model",
         "22.6 dB",  # 10 log10(2000 / 11)
         "20.0 dB",
-        "at timestep 1",
+        "SQNR at timestep 1",
         "0.300× of fp32",
         "80.0 %",
         "holds, 2.6 dB to spare",
@@ -134,7 +134,7 @@ def test_what_is_missing_is_said(profiles: Callable[[str], Profile], tmp_path: P
     page = written(tmp_path, bare_inputs(profiles("pixel")))
     for told in (
         "No pictures",
-        "made without a profile",
+        "written without a profile",
         "No other plan was measured",
         "predicted no output SQNR",
         "Milliseconds per layer were not measured",
@@ -232,12 +232,12 @@ def test_the_same_inputs_give_the_same_file(profiles: Callable[[str], Profile], 
 def test_large_pictures_are_shown_reduced_and_the_page_says_so(
     profiles: Callable[[str], Profile], tmp_path: Path
 ) -> None:
-    large = Image.new("RGB", (2 * SHOWN_SIDE, SHOWN_SIDE), "teal")
+    large = Image.new("RGB", (2 * SHOWN_SIDE, 64), "teal")
     inputs = replace(bare_inputs(profiles("pixel")), pictures={"float": [large], "quantized": [large]})
     page = written(tmp_path, inputs)
     assert "shown reduced" in page.text
-    assert f"{2 * SHOWN_SIDE}×{SHOWN_SIDE} pixels" in page.text
-    assert large.size == (2 * SHOWN_SIDE, SHOWN_SIDE)
+    assert f"{2 * SHOWN_SIDE}×64 pixels" in page.text
+    assert large.size == (2 * SHOWN_SIDE, 64)
 
 
 def test_pictures_that_do_not_pair_are_refused(profiles: Callable[[str], Profile], tmp_path: Path) -> None:
