@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusers_ldmq.affine import dequantize_weight, weight_rows
+from diffusers_ldmq.affine import dequantize_weight
 from diffusers_ldmq.calibration import layer_state
 from diffusers_ldmq.corrections import CORRECTIONS, LayerInputs, output_power
-from diffusers_ldmq.corrections.contract import channel_absmax, rebuild
-from diffusers_ldmq.corrections.dilate import column_room
+from diffusers_ldmq.corrections.contract import rebuild
 from diffusers_ldmq.errors import CalibrationError
 from diffusers_ldmq.layers import quantize_layer
 from diffusers_ldmq.metrics import sqnr
@@ -232,44 +231,6 @@ def test_the_skip_split_is_one_factor_per_half() -> None:
     assert torch.equal(state.pre_quant_scale[:24], torch.ones(24))
     assert len(state.pre_quant_scale[24:].unique()) == 1
     assert float(state.pre_quant_scale[24]) > 5
-
-
-@pytest.mark.parametrize(
-    ("given", "groups"),
-    [
-        (slack(), 1),
-        (conv(), 1),
-        (conv(groups=2), 2),
-        (made(nn.Linear(72, 3), [torch.randn(4, 72)] * 2, "w4a16-g16"), 1),
-    ],
-    ids=["linear", "conv", "conv groups", "group scales"],
-)
-def test_dilation_leaves_every_scale_as_it_was(given: Made, groups: int) -> None:
-    spec = given.state.scheme.weight
-    assert spec is not None
-    weight = given.layer.weight.detach()
-    factors = column_room(weight, spec, groups)
-    assert float(factors.min()) >= 1
-    assert float(factors.max()) > 1
-    grown = weight * factors if weight.dim() == 2 else weight.unflatten(0, (groups, -1)).mul(
-        factors.reshape(groups, 1, -1, 1, 1)
-    ).flatten(0, 1)  # fmt: skip
-    before, after = (weight_rows(w, spec).abs().amax(-1) for w in (weight, grown))
-    assert torch.allclose(before, after, rtol=1e-6)
-    # no column could grow further
-    tight = (weight_rows(grown, spec).abs() / after[..., None]).flatten(1)[:, : weight[0].numel()]
-    assert torch.allclose(channel_absmax(tight.reshape(weight.shape), groups), torch.ones(()))
-
-
-def test_a_dead_column_grows_only_so_far() -> None:
-    layer = nn.Linear(32, 8)
-    with torch.no_grad():
-        layer.weight[:, 3] = 0
-    given = made(layer, [torch.randn(9, 32)] * 2)
-    state = CORRECTIONS["dilate"](layer, given.state, given.inputs)
-    assert state is not None
-    assert state.pre_quant_scale is not None
-    assert float(state.pre_quant_scale.min()) == 2.0**-10
 
 
 def test_bias_gives_one_to_a_layer_without() -> None:
