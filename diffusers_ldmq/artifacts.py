@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -148,8 +149,8 @@ class Profile:
 class LayerTimes:
     """Milliseconds on one device, measured in one run. layers: name -> scheme ('float' among them) -> ms of one call.
 
-    step_ms: one whole denoiser call of the float model in its fastest eager dtype; dtype: that dtype, which quantized
-    layers take and give too; rows: batch of the call.
+    dtype: that quantized layers and the float rest take and give; rows: batch of the call; step_ms: a whole denoiser
+    call of the float model in `dtype`; fastest_ms, fastest_dtype: in the dtype that the device runs fastest.
     """
 
     device: str
@@ -157,6 +158,14 @@ class LayerTimes:
     rows: int
     step_ms: float
     layers: dict[str, dict[str, float]]
+    fastest_ms: float
+    fastest_dtype: str
+
+    def predicted_ms(self, schemes: Mapping[str, str]) -> float:
+        """Milliseconds of a call under a plan (layers not named are float)."""
+        return self.step_ms + sum(
+            self.layers[name][scheme] - self.layers[name]["float"] for name, scheme in schemes.items()
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,6 +187,7 @@ ORDER = (
     ("recording", "inputs"),
     ("calibration",),
     ("quantization",),
+    ("noise", "curves"),
     ("profiling", "planning", "verification"),
     ("plugin",),
     ("job",),
