@@ -25,8 +25,8 @@ from diffusers_ldmq.backends import cpu_kind
 from diffusers_ldmq.demo import demo_model, demo_prompts
 from diffusers_ldmq.demo.job import GUIDANCE, PICTURE_SEED, STEPS, recorded_inputs
 from diffusers_ldmq.families import find_denoiser, layer_table
+from diffusers_ldmq.pictures import PictureScores, comparison_sheet, picture_scores
 from diffusers_ldmq.pipeline import Outcome, Settings, load_pipeline, quantize_pipeline
-from diffusers_ldmq.report import PictureScores, comparison_sheet, picture_scores
 from diffusers_ldmq.sampling import Sampling, sample_pictures
 from diffusers_ldmq.serialization import write_json
 from diffusers_ldmq.summary import mb, sqnr_data

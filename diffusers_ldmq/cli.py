@@ -25,11 +25,11 @@ from .inspection import (
     profile_table,
 )
 from .output import file_beside, refuse_file
+from .pictures import comparison_sheet, picture_scores
 from .pipeline import Settings, denoiser_loader, quantize_pipeline, save_pipeline
 from .planning import kept_layers, make_plan
 from .profiling import ProfileSettings, profile_sqnr
 from .recording import record_calls
-from .report import comparison_sheet, picture_scores
 from .sampling import Sampling, sample_pictures
 from .serialization import to_json
 from .summary import Summary, scores_data, scores_table, summary_data, summary_table

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .affine import qdq, token_qparams
 from .allocator import give_back
-from .artifacts import BlockCurve, LayerTable
+from .artifacts import BlockCurve
 from .calibration import layer_state
 from .calls import Batch, run
 from .errors import PlanError
@@ -26,6 +26,7 @@ from .observers import Observer
 from .quantization import replace_layer
 from .serialization import read_json, write_json
 from .specs import parse_scheme
+from .tables import LayerTable
 
 DIRECTIONS = ("forward", "backward")
 PARTS = ("both", "weight", "activation")
@@ -82,6 +83,7 @@ def group_blocks(table: LayerTable, effects: dict[str, float], most: int) -> tup
 
     effects: quantized layer -> its own noise power at the output; blocks without any cost no run and stay single.
     """
+    groups: list[tuple[tuple[str, ...], str, list[float]]]
     groups = [((block.name,), block.part, [effects[n] for n in block.layers if n in effects]) for block in table.blocks]
     while sum(1 for *_, noise in groups if noise) > most:
         pairs = [

@@ -19,6 +19,15 @@ def sqnr_db(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
+def told_db(db: float | None) -> str:
+    """Decibels for people: '37.5 dB', 'exact' without noise, 'no signal', 'not measured' for None and NaN."""
+    if db is None or math.isnan(db):
+        return "not measured"
+    if math.isinf(db):
+        return "exact" if db > 0 else "no signal"
+    return f"{db:.1f} dB"
+
+
 @dataclass(frozen=True, slots=True)
 class Power:
     """Running signal and noise power of one place in the network; adding two gives that of both samples together."""

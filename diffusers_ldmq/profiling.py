@@ -23,7 +23,7 @@ from .curves import DIRECTIONS, PARTS, CurveInputs, Memory, block_curve, group_b
 from .errors import PlanError, RecordingError
 from .families import layer_table, quantizable_layers
 from .noise import NoiseProbes
-from .planners import low_precision
+from .planners import candidates, low_precision
 from .progress import Progress
 from .selections import SELECTIONS
 from .serialization import to_json
@@ -109,9 +109,9 @@ def _checked(settings: ProfileSettings) -> ProfileSettings:
     for name in ("timesteps", "images", "groups"):
         if getattr(settings, name) < 1:
             raise PlanError(f"a profile of {getattr(settings, name)} {name} measures nothing; ask for at least 1")
-    schemes = tuple(dict.fromkeys((*settings.schemes, settings.scheme)))
-    if parse_scheme(settings.scheme).is_float or any(parse_scheme(scheme).is_float for scheme in schemes):
+    if any(parse_scheme(scheme).is_float for scheme in (settings.scheme, *settings.schemes)):
         raise PlanError("the scheme 'float' makes no noise; profile schemes such as w8a8")
+    schemes = tuple(dict.fromkeys((*settings.schemes, *candidates(settings.scheme)[:-1])))
     return replace(settings, schemes=schemes)
 
 

@@ -1,192 +1,210 @@
-"""What a person looks at: the SQNR curves, pictures side by side, and how far two sets of pictures are apart."""
+"""One self-contained HTML file that shows what was measured, what was decided, what came out, and why."""
 
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import platform
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from io import BytesIO
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from .artifacts import Block, Plan, Profile, Report
-from .errors import LDMQError
-from .metrics import psnr_db, sqnr_db, ssim
+from .artifacts import Plan, Profile, Report
+from .drawing import SCHEME_COLOURS, Drawing, scheme_colour
+from .errors import LDMQError, PlanError
+from .metrics import told_db
+from .network_plots import byte_bars, plan_map, time_bars
+from .output import file_beside
+from .pictures import picture_scores
+from .planners import parse_target
+from .plots import block_curve, layer_ranking, noise_map, output_curve, predicted_curve
+from .report_tables import correction_row, in_words, layer_rows, report_cells, timestep_rows
+from .summary import calibration_told, mb, size_data
+from .tables import LayerTable, LayerTimes
+from .version import __version__
 
-CELL = 192
-"""Side in pixels that a picture of a comparison sheet gets at least; larger ones are reduced to twice that."""
-TEXT = 15
-MARGIN = 10
-COLOURS = ("#1f6feb", "#d1495b", "#2a9d5c", "#8a5cd1", "#b07d12")
+SHOWN_SIDE = 768
+"""Longest side in pixels of a picture in the file; larger ones are reduced, so that the file can be mailed."""
+THIS = "this plan"
 
 
 @dataclass(frozen=True, slots=True)
-class PictureScores:
-    """How close pictures are to their references. PSNR in dB (inf = equal), SSIM up to 1; one entry per pair."""
+class ReportInputs:
+    """What a report shows; what is empty or None is named as missing.
 
-    psnr_db: tuple[float, ...]
-    ssim: tuple[float, ...]
+    model: as the user wrote it; report: measured at the end; others: name -> Report of the same model under other
+    plans; pictures: 'float' and 'quantized' -> one picture per caption, same seeds; corrections: trials with .layer
+    .correction .layer_db (before, after) .output_db (before, after) or None .kept .reason.
+    """
 
-    @property
-    def mean_psnr_db(self) -> float:
-        """Mean of the pairs' PSNR in dB."""
-        return fmean(self.psnr_db)
-
-    @property
-    def worst_psnr_db(self) -> float:
-        """PSNR of the worst pair in dB."""
-        return min(self.psnr_db)
-
-    @property
-    def mean_ssim(self) -> float:
-        """Mean of the pairs' SSIM."""
-        return fmean(self.ssim)
-
-    @property
-    def worst_ssim(self) -> float:
-        """SSIM of the worst pair."""
-        return min(self.ssim)
-
-    def data(self) -> dict[str, float]:
-        """Mean and worst of both, for summary.json."""
-        return {
-            "psnr_db_mean": self.mean_psnr_db,
-            "psnr_db_worst": self.worst_psnr_db,
-            "ssim_mean": self.mean_ssim,
-            "ssim_worst": self.worst_ssim,
-        }
+    model: str
+    table: LayerTable
+    plan: Plan
+    report: Report
+    profile: Profile | None = None
+    times: LayerTimes | None = None
+    others: dict[str, Report] = field(default_factory=dict)
+    pictures: dict[str, list[Image.Image]] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+    corrections: tuple[Any, ...] = ()
 
 
-def picture_scores(reference: Sequence[Image.Image], measured: Sequence[Image.Image]) -> PictureScores:
-    """PSNR and SSIM of every pair. Raises LDMQError if the two lists or two pictures differ in number or size."""
-    if not reference or len(reference) != len(measured):
-        raise LDMQError(f"cannot compare {len(reference)} pictures with {len(measured)}; draw one of each per prompt")
-    pairs = list(zip(reference, measured, strict=True))
-    for number, (one, other) in enumerate(pairs):
-        if one.size != other.size:
-            raise LDMQError(
-                f"picture {number} is {one.width}x{one.height} in one list and {other.width}x{other.height} in the "
-                f"other; compare two versions of the same model"
-            )
-    return PictureScores(tuple(psnr_db(a, b) for a, b in pairs), tuple(ssim(a, b) for a, b in pairs))
+def write_report(path: str | os.PathLike[str], inputs: ReportInputs, *, pngs: bool = False) -> None:
+    """Write one .html file that needs nothing else; pngs: also every figure beside it as <stem>-<figure>.png.
+
+    Raises OutputError if a file cannot be written and LDMQError if the two lists of pictures differ.
+    """
+    path = Path(path)
+    drawings = _drawings(inputs)
+    page = _page(inputs, drawings)
+    with file_beside(path) as beside:
+        beside.write_text(page, encoding="utf-8")
+    for drawing in drawings.values() if pngs else ():
+        with file_beside(path.with_name(f"{path.stem}-{drawing.name}.png")) as beside:
+            beside.write_bytes(drawing.png(titled=True))
 
 
-def plot_sqnr(path: str | os.PathLike[str], profile: Profile, plan: Plan, reports: dict[str, Report]) -> None:
-    """Write a picture of two curves: the SQNR at the denoiser's output as block after block is quantized, with the
-    plan's sensitive blocks and cut-off, and the output SQNR per timestep of every report (name -> Report)."""
-    # Figure with its own canvas, not pyplot: the user's backend and open figures stay as they are
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def _drawings(inputs: ReportInputs) -> dict[str, Drawing]:
+    """Figure name -> figure, as far as there is something to draw."""
+    table, plan, profile = inputs.table, inputs.plan, inputs.profile
+    found = [
+        plan_map(table, plan),
+        output_curve({THIS: inputs.report, **inputs.others}, plan),
+        byte_bars(table, plan),
+    ]
+    if profile:
+        found += [block_curve(profile, plan), noise_map(profile), layer_ranking(profile, plan)]
+    if inputs.times:
+        found.append(time_bars(table, plan, inputs.times))
+    return {drawing.name: drawing for drawing in found}
 
-    figure = Figure(figsize=(15, 6.4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _block_panel(left, profile, plan)
-    _timestep_panel(right, reports)
-    figure.suptitle(
-        f"Signal to quantization noise ratio (SQNR) of {profile.table.denoiser}: higher is better, "
-        "6 dB less = twice the error",
-        fontsize=13,
+
+def _page(inputs: ReportInputs, drawings: Mapping[str, Drawing]) -> str:
+    from jinja2 import Environment, StrictUndefined  # only reports need it
+
+    # names, captions and reasons come from files that others may have written: everything is escaped
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = resources.files(__package__ or "diffusers_ldmq").joinpath("report.html.j2").read_text(encoding="utf-8")
+    rows = list(layer_rows(inputs.table, inputs.plan, inputs.profile, inputs.times))
+    reports = {THIS: inputs.report, **inputs.others}
+    return environment.from_string(text).render(
+        model=inputs.model,
+        plan=inputs.plan,
+        table=inputs.table,
+        report=inputs.report,
+        profile=inputs.profile,
+        facts=_facts(inputs),
+        pairs=_pairs(inputs),
+        figures={name: _figure(drawing) for name, drawing in drawings.items()},
+        layers=rows,
+        schemes=sorted({row["scheme"] for row in rows}),
+        colours={scheme: scheme_colour(scheme) for scheme in (*SCHEME_COLOURS, *inputs.plan.counts())},
+        timesteps=timestep_rows(reports, predicted_curve(inputs.plan)),
+        reports=[(name, report_cells(report)) for name, report in reports.items()],
+        corrections=[correction_row(trial) for trial in inputs.corrections],
+        calibration=calibration_told(inputs.report),
+        observer=inputs.report.calibration.get("observer"),
+        profiled=in_words(inputs.profile.settings) if inputs.profile else [],
+        reasons=in_words(inputs.plan.reasons),
+        versions=_versions(),
     )
-    figure.savefig(path)
 
 
-def _block_panel(axes: Any, profile: Profile, plan: Plan) -> None:
-    names = [block.name for block in profile.table.blocks]
-    labels = [f"{b.name} (float)" if _all_float(b, plan) else b.name for b in profile.table.blocks]
-    curve = [sqnr_db(1.0, nsr) for nsr in profile.curve.nsr()]
-    heights = [db if math.isfinite(db) else math.nan for db in curve]
-    axes.plot(range(len(names)), heights, "o-", color=COLOURS[0], markersize=4, label="blocks so far quantized")
-    sensitive = [k for k, name in enumerate(names) if name in plan.reasons.get("sensitive_blocks", ())]
-    if sensitive:
-        label = "sensitive block: adds more than 4x the median noise"
-        axes.plot(sensitive, [heights[k] for k in sensitive], "o", color=COLOURS[1], markersize=9, label=label)
-    cut = plan.reasons.get("cut_off")
-    if cut in names:
-        start = names.index(cut) - 0.5
-        axes.axvspan(start, len(names) - 0.5, color=COLOURS[2], alpha=0.12)
-        axes.axvline(start, color=COLOURS[2], linestyle="--", label="cut-off: the rest runs in higher precision")
-    axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
-    axes.set_xlabel("block, in the order in which they run")
-    axes.set_ylabel("SQNR at the denoiser's output (dB)")
-    axes.set_title(f"Where the noise enters: blocks quantized to {profile.curve.scheme} one after another")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+def _facts(inputs: ReportInputs) -> list[dict[str, str]]:
+    """The headline: what a reader wants to know first. state: 'good' or 'bad' where something was demanded."""
+    report, plan = inputs.report, inputs.plan
+    timestep, worst = report.worst()
+    size = size_data(report)
+    state, told = _target(inputs)
+    predicted = "not predicted" if plan.predicted_sqnr_db is None else told_db(plan.predicted_sqnr_db)
+    rows = [
+        ("Measured SQNR", told_db(report.sqnr_db), "at the output, over all steps, on prompts not seen before", ""),
+        ("Predicted SQNR", predicted, "at the output, by the planner, before quantizing", ""),
+        ("Worst timestep", told_db(worst), f"SQNR at timestep {timestep:g}", ""),
+        (
+            "Size of the weights",
+            f"{mb(report.bytes)}",
+            f"{size['ratio_fp32']:.3f}× of fp32 ({mb(report.fp32_bytes)}), {size['ratio_fp16']:.3f}× of fp16",
+            "",
+        ),
+        ("Integer work", f"{100 * report.int8_macs:.1f} %", "of the multiply-adds run integer × integer", ""),
+        ("Target", plan.target or "none", told, state),
+    ]
+    return [{"label": a, "value": b, "note": c, "state": d} for a, b, c, d in rows]
 
 
-def _all_float(block: Block, plan: Plan) -> bool:
-    return all(plan.layers[name].scheme == "float" for name in block.layers)
+def _target(inputs: ReportInputs) -> tuple[str, str]:
+    """('good', 'bad' or '', sentence): whether the plan's target holds in what was measured."""
+    text = inputs.plan.target
+    if not text:
+        return "", "no target was asked for; the planner's own rule decided"
+    try:
+        target = parse_target(text)
+    except PlanError:
+        return "", "cannot be checked from what is in this report"
+    limit = target.byte_limit(inputs.table)
+    if target.min_sqnr_db is not None:
+        spare = inputs.report.sqnr_db - target.min_sqnr_db
+        return ("good", f"holds, {told_db(spare)} to spare") if spare >= 0 else ("bad", f"missed by {told_db(-spare)}")
+    if limit is not None:
+        holds = inputs.report.bytes <= limit
+        return ("good" if holds else "bad"), f"{'holds' if holds else 'missed'}: {mb(limit)} were allowed"
+    return "", "cannot be checked from what is in this report"
 
 
-def _timestep_panel(axes: Any, reports: dict[str, Report]) -> None:
-    for number, (name, report) in enumerate(reports.items()):
-        label = f"{name}: {report.sqnr_db:.1f} dB over all steps, worst {report.worst()[1]:.1f} dB"
-        axes.plot(report.timesteps, report.curve_db(), "o-", color=COLOURS[number % len(COLOURS)], label=label)
-    axes.invert_xaxis()
-    axes.set_xlabel("diffusion timestep (pure noise on the left, finished picture on the right)")
-    axes.set_ylabel("SQNR at the denoiser's output (dB)")
-    axes.set_title("What the quantized model reaches, on prompts it has not seen")
-    axes.grid(alpha=0.3)
-    if reports:
-        axes.legend(fontsize=9)
+def _pairs(inputs: ReportInputs) -> list[dict[str, Any]]:
+    """Float and quantized picture of every caption with their scores."""
+    before, after = inputs.pictures.get("float", []), inputs.pictures.get("quantized", [])
+    if not before and not after:
+        return []
+    scores = picture_scores(before, after)
+    if inputs.captions and len(inputs.captions) != len(before):
+        raise LDMQError(f"the report has {len(before)} pictures for {len(inputs.captions)} captions; give one each")
+    captions = inputs.captions or tuple(f"picture {number + 1}" for number in range(len(before)))
+    rows = zip(captions, before, after, scores.psnr_db, scores.ssim, strict=True)
+    return [
+        {
+            "caption": caption,
+            "float": _picture(one),
+            "quantized": _picture(other),
+            "size": f"{one.width}×{one.height}",
+            "ratio": f"{one.width} / {one.height}",
+            "small": max(one.size) < 256,
+            "reduced": max(one.size) > SHOWN_SIDE,
+            "psnr": "equal" if told_db(psnr) == "exact" else told_db(psnr),
+            "ssim": f"{similarity:.3f}",
+        }
+        for caption, one, other, psnr, similarity in rows
+    ]
 
 
-def comparison_sheet(path: str | os.PathLike[str], rows: dict[str, list[Image.Image]], captions: Sequence[str]) -> None:
-    """Write rows of pictures below each other, one column per caption. rows: label -> pictures; the first row is the
-    reference, under the others stand PSNR and SSIM against it. Raises LDMQError if a row lacks a picture."""
-    for label, pictures in rows.items():
-        if len(pictures) != len(captions):
-            raise LDMQError(f"row {label!r} has {len(pictures)} pictures for {len(captions)} captions")
-    font = _font(TEXT)
-    first = next(iter(rows))
-    cell = max(_shown(picture).width for pictures in rows.values() for picture in pictures)
-    height = max(_shown(picture).height for pictures in rows.values() for picture in pictures)
-    label_width = max(int(font.getlength(line)) for label in rows for line in label.splitlines()) + 2 * MARGIN
-    step_x, step_y, top = cell + MARGIN, height + 2 * TEXT + MARGIN, 2 * TEXT + MARGIN
-    sheet = Image.new("RGB", (label_width + step_x * len(captions), top + step_y * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for column, caption in enumerate(captions):
-        x = label_width + column * step_x + cell // 2
-        draw.text((x, top // 2), _clipped(caption, font, cell), fill="black", font=font, anchor="mm")
-    for row, (label, pictures) in enumerate(rows.items()):
-        y = top + row * step_y
-        draw.text((MARGIN, y + height // 2), label, fill="black", font=font, anchor="lm")
-        scores = None if label == first else picture_scores(rows[first], pictures)
-        for column, picture in enumerate(pictures):
-            x = label_width + column * step_x
-            sheet.paste(_shown(picture), (x, y))
-            if scores:
-                told = f"{scores.psnr_db[column]:.1f} dB, SSIM {scores.ssim[column]:.3f}"
-                draw.text((x + cell // 2, y + height + TEXT), told, fill="#555555", font=font, anchor="mm")
-    sheet.save(path, format="PNG")
-
-
-def _shown(picture: Image.Image) -> Image.Image:
-    """Small pictures enlarged by a whole factor, pixel by pixel, so that nothing is smoothed; large ones reduced."""
+def _picture(picture: Image.Image) -> str:
     picture = picture.convert("RGB")
-    longest = max(picture.size)
-    if longest < CELL:
-        factor = math.ceil(CELL / longest)
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    if longest > 2 * CELL:
-        scale = 2 * CELL / longest
-        size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
-        return picture.resize(size, Image.Resampling.LANCZOS)
-    return picture
+    if max(picture.size) > SHOWN_SIDE:
+        picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    file = BytesIO()
+    picture.save(file, format="PNG", optimize=True)
+    return _data_url(file.getvalue())
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along on every system."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
-def _clipped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+def _figure(drawing: Drawing) -> dict[str, Any]:
+    return {
+        "name": drawing.name,
+        "title": drawing.title,
+        "explanation": drawing.explanation,
+        "width": drawing.width,
+        "url": _data_url(drawing.png()),
+    }
+
+
+def _versions() -> list[tuple[str, str]]:
+    names = ("torch", "diffusers", "transformers", "numpy")
+    found = [(name, metadata.version(name)) for name in names]
+    return [("diffusers-ldmq", __version__), *found, ("Python", platform.python_version())]

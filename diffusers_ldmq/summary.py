@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from .artifacts import Plan, Report
-from .report import PictureScores
+from .pictures import PictureScores
 from .timing import StepTime, StepTimes
 
 FLOAT, FLOAT_BEST = "float", "float, fastest dtype"
@@ -121,7 +121,7 @@ def summary_table(summary: Summary) -> Table:
         table.add_row(f"SSIM, {len(scores.ssim)} pictures", "", _ssim(scores))
     table.add_row("int8 multiply-adds", "0 %", f"{100 * report.int8_macs:.1f} %")
     table.add_row("layers", f"{sum(report.schemes.values())} Linear and Conv2d", layer_lines(report))
-    table.add_row("calibration", "", _calibration(report))
+    table.add_row("calibration", "", calibration_told(report))
     return table
 
 
@@ -151,7 +151,8 @@ def layer_lines(report: Report) -> str:
     return "\n".join(f"{count} {name}" for name, count in {**report.backends, **kept}.items())
 
 
-def _calibration(report: Report) -> str:
+def calibration_told(report: Report) -> str:
+    """How much calibration took, in one line."""
     facts = report.calibration
     if not facts.get("samples"):
         return "none needed (no static ranges)"

@@ -8,13 +8,13 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from .artifacts import LayerTimes
 from .calibration import layer_state
 from .calls import Batch, run
 from .families import quantizable_layers
 from .layers import quantize_layer
 from .observers import OBSERVERS
 from .specs import geometry_of, parse_scheme
+from .tables import LayerTimes
 from .verification import floating_dtype
 
 WARM_UP = 2

@@ -20,11 +20,12 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from diffusers_ldmq import Plan, Profile, Recording, calibrate, profile_sqnr, quantize, record_calls
-from diffusers_ldmq.artifacts import Block, BlockCurve, LayerChoice, LayerInfo, LayerNoise, LayerTable
+from diffusers_ldmq.artifacts import BlockCurve, LayerChoice, LayerNoise
 from diffusers_ldmq.demo import demo_captions, demo_model
 from diffusers_ldmq.families import find_denoiser, layer_table
 from diffusers_ldmq.plugin import attach
 from diffusers_ldmq.specs import SCHEMES
+from diffusers_ldmq.tables import Block, LayerInfo, LayerTable
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where cores are shared
 diffusers_logging.disable_progress_bar()

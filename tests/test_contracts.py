@@ -20,6 +20,7 @@ from diffusers_ldmq.artifacts import LayerChoice, Plan
 from diffusers_ldmq.backends import BACKENDS, Backend
 from diffusers_ldmq.calibration import calibrate
 from diffusers_ldmq.calls import SampleId
+from diffusers_ldmq.corrections import CORRECTIONS
 from diffusers_ldmq.errors import CalibrationError
 from diffusers_ldmq.families import FAMILIES, fingerprint, quantizable_layers
 from diffusers_ldmq.metrics import sqnr
@@ -37,6 +38,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "observers": OBSERVERS,
     "planners": PLANNERS,
     "backends": BACKENDS,
+    "corrections": CORRECTIONS,
 }
 
 
@@ -69,6 +71,7 @@ def test_a_family_places_any_layer_and_keeps_a_readable_pattern(name: str) -> No
     assert part in ("encoder", "middle", "decoder")
     assert all(isinstance(number, int) for number in key)
     assert block
+    assert family.skip_split("no.such.layer", nn.Module()) is None
 
 
 @pytest.mark.parametrize("n", [None, 1, 2, 10**6])
@@ -179,6 +182,7 @@ ORDER = (
     ("errors", "version", "allocator", "progress"),
     ("specs", "registry", "serialization"),
     ("affine", "metrics"),
+    ("tables",),
     ("artifacts", "calls", "output"),
     ("families", "selections", "observers", "planners", "backends"),
     ("packing", "gradient"),
@@ -186,15 +190,20 @@ ORDER = (
     ("layers", "manifest"),
     ("recording", "inputs"),
     ("calibration",),
-    ("quantization",),
+    ("quantization", "corrections"),
     ("noise", "curves"),
-    ("profiling", "planning", "verification"),
+    ("profiling", "planning", "verification", "correction"),
+    ("timing",),
     ("plugin",),
+    ("closed_loop",),
     ("job",),
     ("pipeline",),
-    ("report", "timing", "sampling"),
+    ("pictures", "drawing", "timing", "sampling"),
+    ("plots", "network_plots"),
     ("demo/__init__",),
     ("summary",),
+    ("report_tables",),
+    ("report",),
     ("inspection",),
     ("demo",),
     ("arguments",),

@@ -1,149 +1,252 @@
-"""Figures, scores and the summary."""
+"""The HTML report: complete, escaped, in words and units, and alone in one file."""
 
-import json
 import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import pytest
 from PIL import Image
-from rich.console import Console
 
-from diffusers_ldmq import LDMQError, Plan, Profile, Report, make_plan
-from diffusers_ldmq.report import CELL, PictureScores, comparison_sheet, picture_scores, plot_sqnr
-from diffusers_ldmq.serialization import to_json
-from diffusers_ldmq.summary import (
-    FLOAT,
-    FLOAT_BEST,
-    QUANTIZED,
-    QUANTIZED_BEST,
-    Summary,
-    scores_table,
-    summary_data,
-    summary_table,
-)
-from diffusers_ldmq.timing import StepTime, StepTimes
+from diffusers_ldmq import LDMQError, Profile, Report, make_plan
+from diffusers_ldmq.artifacts import LayerChoice
+from diffusers_ldmq.report import SHOWN_SIDE, ReportInputs, write_report
+from diffusers_ldmq.tables import LayerTimes
+
+HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'"
 
 
-def picture(colour: tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> Image.Image:
-    return Image.new("RGB", size, colour)
+@dataclass(frozen=True)
+class Trial:
+    layer: str
+    correction: str
+    layer_db: tuple[float, float]
+    output_db: tuple[float, float] | None
+    kept: bool
+    reason: str
 
 
-def report(noise: float = 1.0) -> Report:
-    facts: dict[str, Any] = {
-        "selection": "first-step",
-        "observer": "minmax",
-        "samples": 16,
-        "forward_calls": 2,
-        "sampler_calls": 2,
-    }
-    schemes, backends = {"float": 3, "w8a8": 10}, {"w8a8 on cpu_onednn": 10}
+class Page(HTMLParser):
+    """Tags and text of a page, as a browser would see them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def report_of(profile: Profile, noise: float = 1.0) -> Report:
+    facts = {"selection": "first-step", "observer": "mse", "samples": 4, "forward_calls": 2, "sampler_calls": 2}
+    schemes = make_plan(profile).counts()
     return Report(
-        (900.0, 1.0), (1000.0, 1000.0), (noise, 10 * noise), "float32", schemes, backends, 0.8, 30, 100, facts
+        (900.0, 1.0), (1000.0,) * 2, (noise, 10 * noise), "float32", schemes, {"w8a8 on cpu": 9}, 0.8, 30, 100, facts
     )
 
 
-def times(quantized: float) -> StepTimes:
-    versions = {
-        FLOAT: StepTime(0.4, "float32", "contiguous"),
-        FLOAT_BEST: StepTime(0.2, "bfloat16", "channels_last"),
-        QUANTIZED: StepTime(quantized, "float32", "contiguous"),
-        QUANTIZED_BEST: StepTime(2 * quantized, "bfloat16", "contiguous"),
-    }
-    return StepTimes(versions, rows=16, rounds=7, device="cpu", threads=2)
+def bare_inputs(profile: Profile) -> ReportInputs:
+    return ReportInputs("some/model", profile.table, make_plan(profile, planner="uniform"), report_of(profile))
 
 
-def plan() -> Plan:
-    return Plan("Net", "0", "hybrid", {})
+def full_inputs(profile: Profile) -> ReportInputs:
+    plan = make_plan(profile)
+    row = {"float": 2.0, "w8a8": 1.0, "w8a8-dyn": 1.25, "w8a16": 1.5}
+    red, dark = (Image.new("RGB", (64, 48), colour) for colour in ((255, 0, 0), (250, 0, 0)))
+    first = profile.table.layers[0].name
+    return ReportInputs(
+        model="some/model",
+        table=profile.table,
+        plan=replace(plan, target="sqnr>=20dB", reasons={**plan.reasons, "predicted_curve_db": {"900": 31.5}}),
+        report=report_of(profile),
+        profile=replace(profile, layers=tuple(replace(n, own={s: (1e-3,) for s in n.noise}) for n in profile.layers)),
+        times=LayerTimes("cpu", "bfloat16", 2, 1000.0, {i.name: row for i in profile.table.layers}),
+        others={"every layer W8A8": report_of(profile, 30.0)},
+        pictures={"float": [red, red], "quantized": [red, dark]},
+        captions=("red apple", "rocket"),
+        corrections=(
+            Trial(first, "smooth", (31.0, 34.5), (30.0, 30.5), True, "raises both"),
+            Trial(first, "bias", (31.0, 30.5), None, False, "no gain at the layer"),
+        ),
+    )
 
 
-def shown(renderable: Any) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(renderable)
-    return console.export_text()
+def written(folder: Path, inputs: ReportInputs, **options: Any) -> Page:
+    write_report(folder / "report.html", inputs, **options)
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
-def test_scores_of_equal_and_different_pictures() -> None:
-    red, dark = picture((255, 0, 0)), picture((250, 0, 0))
-    scores = picture_scores([red, red], [red, dark])
-    assert scores.psnr_db[0] == math.inf
-    assert scores.worst_psnr_db == pytest.approx(-10 * math.log10((5 / 255) ** 2 / 3), abs=1e-4)
-    assert scores.ssim[0] == pytest.approx(1)
-    assert scores.worst_ssim < scores.mean_ssim < 1
-    assert json.dumps(to_json(scores.data()))
+@pytest.fixture(scope="module")
+def full_page(profiles: Callable[[str], Profile], tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of `full_inputs`, written once."""
+    folder = tmp_path_factory.mktemp("full")
+    page = written(folder, full_inputs(profiles("pixel")))
+    assert [path.name for path in folder.iterdir()] == ["report.html"]
+    return page
 
 
-def test_scores_refuse_what_cannot_be_compared() -> None:
-    with pytest.raises(LDMQError, match="1 pictures with 2"):
-        picture_scores([picture((0, 0, 0))], [picture((0, 0, 0))] * 2)
-    with pytest.raises(LDMQError, match="64x64 .* 32x64"):
-        picture_scores([picture((0, 0, 0))], [picture((0, 0, 0), (32, 64))])
-
-
-def test_sheet_enlarges_small_pictures_pixel_by_pixel(tmp_path: Path) -> None:
-    small = picture((10, 200, 30), (16, 16))
-    small.putpixel((0, 0), (255, 0, 0))
-    comparison_sheet(tmp_path / "sheet.png", {"float": [small], "other": [small]}, ["a very long caption " * 5])
-    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
-    counts = {colour: count for count, colour in sheet.getcolors(1 << 24) or []}
-    assert counts[255, 0, 0] == 2 * (CELL // 16) ** 2  # one red pixel in each row, a square of its own each
-    with pytest.raises(LDMQError, match="row 'other' has 0 pictures for 1"):
-        comparison_sheet(tmp_path / "bad.png", {"float": [small], "other": []}, ["x"])
-
-
-def test_sheet_reduces_large_pictures(tmp_path: Path) -> None:
-    comparison_sheet(tmp_path / "sheet.png", {"float": [picture((1, 2, 3), (2048, 1024))]}, ["x"])
-    assert Image.open(tmp_path / "sheet.png").width < 3 * CELL
-
-
-def test_curves_are_drawn_without_touching_the_users_backend(profiles: Any, tmp_path: Path) -> None:
-    before, profile = mpl.rcParams["backend"], profiles("pixel")
-    assert isinstance(profile, Profile)
-    plot_sqnr(tmp_path / "sqnr.png", profile, make_plan(profile), {"hybrid": report(), "uniform": report(30.0)})
-    plot_sqnr(tmp_path / "uniform.png", profile, make_plan(profile, planner="uniform"), {})
-    assert mpl.rcParams["backend"] == before
-    assert Image.open(tmp_path / "sqnr.png").width >= 1200
-
-
-def test_summary_says_the_same_in_both_forms() -> None:
-    scores = PictureScores((30.0, 20.0), (0.9, 0.8))
-    summary = Summary("m", "Net", plan(), report(), report(100.0), times(0.05), scores, file_bytes=31, cpu="AMX")
-    data = json.loads(json.dumps(to_json(summary_data(summary))))
-    assert data["size"]["ratio_fp32"] == 0.3
-    assert data["size"]["ratio_fp16"] == 0.6
-    assert data["output_sqnr_db"] == {
-        "all": pytest.approx(10 * math.log10(2000 / 11)),
-        "worst": pytest.approx(20),
-        "worst_timestep": 1,
-    }
-    assert data["seconds_per_step"]["speedup_same_dtype"] == pytest.approx(8)
-    assert data["seconds_per_step"]["speedup_fastest"] == pytest.approx(4)
-    text = shown(summary_table(summary))
-    told = (
-        "0.300x of fp32",
-        "0.600x of fp16",
-        "22.6 dB",
-        "(t = 1)",
-        "8.00x",
-        "4.00x",
-        "worst 20.0 dB",
+def test_a_full_report_shows_everything(full_page: Page) -> None:
+    page = full_page
+    for told in (
+        "some/model",
+        "22.6 dB",  # 10 log10(2000 / 11)
+        "20.0 dB",
+        "SQNR at timestep 1",
+        "0.300× of fp32",
         "80.0 %",
-        "AMX",
+        "holds, 2.6 dB to spare",
+        "PSNR equal, SSIM 1.000",
+        "every layer W8A8",
+        "31.5 dB",
+        "31.0 dB → 34.5 dB",
+        "no gain at the layer",
+        "2 denoiser calls to calibrate",
+        "observer mse",
+        "torch",
+    ):
+        assert told in page.text, told
+    assert len(page.of("img")) == 7 + 4
+    assert "absent" not in [attributes.get("class") for _, attributes in page.tags]
+
+
+def test_the_file_needs_nothing_else(full_page: Page) -> None:
+    page = full_page
+    links = [a[key] for _, a in page.tags for key in ("src", "href") if a.get(key)]
+    assert links
+    assert all(str(link).startswith(("data:image/png;base64,", "#")) for link in links)
+    assert not page.of("link")
+    assert all(image["alt"] for image in page.of("img"))
+    anchors = {attributes["id"] for _, attributes in page.tags if attributes.get("id")}
+    assert {link[1:] for link in links if link and link.startswith("#")} <= anchors
+
+
+def test_what_is_missing_is_said(profiles: Callable[[str], Profile], tmp_path: Path) -> None:
+    page = written(tmp_path, bare_inputs(profiles("pixel")))
+    for told in (
+        "No pictures",
+        "written without a profile",
+        "No other plan was measured",
+        "predicted no output SQNR",
+        "Milliseconds per layer were not measured",
+        "None were tried",
+        "gave no reasons beyond",
+        "no target was asked for",
+        "not predicted",
+        "not timed",
+    ):
+        assert told in page.text, told
+
+
+def test_foreign_text_stays_text(profiles: Callable[[str], Profile], tmp_path: Path) -> None:
+    inputs = full_inputs(profiles("pixel"))
+    name = inputs.table.layers[0].name
+    plan = replace(
+        inputs.plan,
+        planner=HOSTILE,
+        target=HOSTILE,
+        layers={**inputs.plan.layers, name: LayerChoice("w8a8", HOSTILE)},
+        reasons={HOSTILE: HOSTILE, "nested": {HOSTILE: [HOSTILE]}},
     )
-    for part in (*told, "10 w8a8 on cpu_onednn", "3 float", "16 rows", "bfloat16, channels_last", "2 denoiser calls"):
-        assert part in text
-    assert "why not faster" not in text
+    trial = Trial(HOSTILE, HOSTILE, (1.0, 2.0), None, False, HOSTILE)
+    inputs = replace(
+        inputs,
+        model=HOSTILE,
+        plan=plan,
+        captions=(HOSTILE, "rocket"),
+        others={HOSTILE: inputs.report},
+        corrections=(trial,),
+    )
+    page = written(tmp_path, inputs)
+    assert len(page.of("script")) == 1
+    assert all(str(image["src"]).startswith("data:") for image in page.of("img"))
+    assert not [attributes for _, attributes in page.tags if "onerror" in attributes]
+    assert page.text.count(HOSTILE) >= 8
 
 
-def test_summary_says_why_where_it_is_slower() -> None:
-    text = shown(summary_table(Summary("m", "Net", plan(), report(), times=times(0.3))))
-    assert "0.67x as fast" in text
-    assert "why not faster" in text
+def test_infinite_and_missing_decibels_are_words(profiles: Callable[[str], Profile], tmp_path: Path) -> None:
+    inputs = full_inputs(profiles("pixel"))
+    exact = replace(inputs.report, noise=(0.0, 0.0))
+    plan = replace(
+        inputs.plan, predicted_sqnr_db=math.inf, reasons={"a": math.inf, "b": math.nan, "c": "inf", "d": None}
+    )
+    trials = (replace(inputs.corrections[0], layer_db=(math.nan, math.inf), output_db=(math.inf, math.nan)),)
+    page = written(tmp_path, replace(inputs, report=exact, plan=plan, corrections=trials))
+    assert "not measured → exact" in page.text
+    visible = re.sub(r'"use strict".*', "", page.text, flags=re.DOTALL)
+    assert not re.findall(r"(?<![a-z])-?(?:inf|nan)(?![a-z])", visible, flags=re.IGNORECASE)
 
 
-def test_scores_table_lists_every_prompt_and_the_worst() -> None:
-    text = shown(scores_table(PictureScores((30.0, 20.0), (0.9, 0.8)), ["red apple", "rocket"]))
-    assert "red apple" in text
-    assert "25.0" in text
-    assert "0.850" in text
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("sqnr>=30dB", "missed by 7.4 dB"),
+        ("size<=1KB", "holds: 0.0 MB were allowed"),
+        ("size<=0.000001x", "missed: 0.0 MB were allowed"),
+        ("fast please", "cannot be checked"),
+    ],
+)
+def test_a_target_is_held_against_what_was_measured(
+    target: str, told: str, profiles: Callable[[str], Profile], tmp_path: Path
+) -> None:
+    inputs = bare_inputs(profiles("pixel"))
+    assert told in written(tmp_path, replace(inputs, plan=replace(inputs.plan, target=target))).text
+
+
+def test_every_layer_stands_in_the_table_with_its_numbers(full_page: Page, profiles: Callable[[str], Profile]) -> None:
+    inputs, page = full_inputs(profiles("pixel")), full_page
+    rows = [attributes for attributes in page.of("tr") if "data-scheme" in attributes]
+    assert [row["data-scheme"] for row in rows] == [c.scheme for c in inputs.plan.layers.values()]
+    for info in inputs.table.layers:
+        assert info.name in page.text
+        assert "×".join(map(str, info.shape)) in page.text
+
+
+def test_figures_are_written_beside_the_page_only_when_asked_for(
+    profiles: Callable[[str], Profile], tmp_path: Path
+) -> None:
+    inputs = full_inputs(profiles("pixel"))
+    (tmp_path / "with").mkdir()
+    written(tmp_path / "with", inputs, pngs=True)
+    names = ("block-curve", "bytes", "layer-ranking", "milliseconds", "noise-map", "output-sqnr", "plan-map")
+    found = sorted(path.name for path in (tmp_path / "with").iterdir())
+    assert found == sorted(["report.html", *(f"report-{name}.png" for name in names)])
+    assert all(Image.open(tmp_path / "with" / name).width > 1000 for name in found if name.endswith(".png"))
+
+
+def test_the_same_inputs_give_the_same_file(profiles: Callable[[str], Profile], tmp_path: Path) -> None:
+    for name in ("one.html", "two.html"):
+        write_report(tmp_path / name, bare_inputs(profiles("pixel")))
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "two.html").read_bytes()
+
+
+def test_large_pictures_are_shown_reduced_and_the_page_says_so(
+    profiles: Callable[[str], Profile], tmp_path: Path
+) -> None:
+    large = Image.new("RGB", (2 * SHOWN_SIDE, 64), "teal")
+    inputs = replace(bare_inputs(profiles("pixel")), pictures={"float": [large], "quantized": [large]})
+    page = written(tmp_path, inputs)
+    assert "shown reduced" in page.text
+    assert f"{2 * SHOWN_SIDE}×64 pixels" in page.text
+    assert large.size == (2 * SHOWN_SIDE, 64)
+
+
+def test_pictures_that_do_not_pair_are_refused(profiles: Callable[[str], Profile], tmp_path: Path) -> None:
+    red = Image.new("RGB", (64, 64), "red")
+    inputs = bare_inputs(profiles("pixel"))
+    with pytest.raises(LDMQError, match="1 pictures with 0"):
+        write_report(tmp_path / "r.html", replace(inputs, pictures={"float": [red]}))
+    pair = {"float": [red], "quantized": [red]}
+    with pytest.raises(LDMQError, match="1 pictures for 2 captions"):
+        write_report(tmp_path / "r.html", replace(inputs, pictures=pair, captions=("a", "b")))
+    assert not list(tmp_path.iterdir())

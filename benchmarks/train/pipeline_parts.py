@@ -5,9 +5,10 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from captioned_images import TrainingError
@@ -42,6 +43,8 @@ PARTS: dict[str, Any] = {
 class Workspace:
     """The parts that a run has trained so far, with those of the pipeline it starts from behind them."""
 
+    kinds: ClassVar[dict[str, Any]] = PARTS  # the classes of the parts, by name
+
     def __init__(self, out: Path, init: str) -> None:
         if init and not (Path(init) / "vae").is_dir():
             raise TrainingError(f"init {init} is not a pipeline folder: expected subfolders such as vae and unet")
@@ -59,7 +62,7 @@ class Workspace:
         folder = self.find(part)
         if folder is None:
             raise TrainingError(f"no {part} in {self.out} yet: run its stage first or start from a pipeline (init)")
-        loaded = PARTS[part].from_pretrained(str(folder))
+        loaded = self.kinds[part].from_pretrained(str(folder))
         return _without_path(loaded.float(), part) if isinstance(loaded, nn.Module) else loaded
 
     def save(self, part: str, model: Any) -> None:
@@ -68,31 +71,30 @@ class Workspace:
 
     def export(self) -> Path | None:
         """Writes the float16 pipeline if all its parts exist by now, and returns its folder."""
-        if any(self.find(part) is None for part in PARTS):
+        if any(self.find(part) is None for part in self.kinds):
             return None
-        components: dict[str, Any] = {part: self.load(part) for part in PARTS}
+        components: dict[str, Any] = {part: self.load(part) for part in self.kinds}
         components["scheduler"] = DDIMScheduler(
             **NOISE, num_train_timesteps=TIMES, clip_sample=False, set_alpha_to_one=False, steps_offset=1
         )
-        components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**components).to(torch.float16)
-
-        def save(folder: Path) -> None:
-            pipeline.save_pretrained(folder)
-            _make_readable_by_transformers_4(folder, components["tokenizer"])
-
-        _replace_folder(self.out / "pipeline", save)
+        _replace_folder(self.out / "pipeline", partial(self.save_pipeline, components))
         return self.out / "pipeline"
+
+    def save_pipeline(self, components: dict[str, Any], folder: Path) -> None:
+        """Writes `components`, the parts and the scheduler, as a float16 pipeline."""
+        absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        StableDiffusionPipeline(**components, **absent).to(torch.float16).save_pretrained(folder)
+        _make_readable_by_transformers_4(folder, components["tokenizer"])
 
 
 def _replace_folder(folder: Path, save: Callable[[Path], None]) -> None:
     """Saves beside `folder`, then renames: an interruption never leaves half a model under the final name."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    save(partial)
-    partial.chmod(0o755)  # mkdtemp's folders are private to the user
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    save(unfinished)
+    unfinished.chmod(0o755)  # mkdtemp's folders are private to the user
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    unfinished.rename(folder)
 
 
 def _make_readable_by_transformers_4(pipeline: Path, tokenizer: Any) -> None:

@@ -25,6 +25,7 @@ from training_loop import Settings, log
 ENCODE_BATCH = 32  # pictures at once where no gradient is kept
 LATENT_NOISE = 0.02  # in latent standard deviations: the decoder will see the UNet's latents, not exact ones
 KL_WEIGHT = 2e-6
+NOISING: Any = DDPMScheduler(**NOISE, num_train_timesteps=TIMES)
 
 
 def chosen_device(name: str) -> torch.device:
@@ -131,6 +132,13 @@ class DecoderTask:
         return {"vae": vae}
 
 
+def noised(latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row of latents [n, 4, 16, 16] at a random diffusion time; also the noise that is in it and the times [n]."""
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    times = torch.randint(TIMES, (len(latents),), generator=generator).to(latents.device)
+    return NOISING.add_noise(latents, noise, times), noise, times
+
+
 class DenoiserTask:
     """UNet and text encoder together: predict the noise in a picture's latents from its caption."""
 
@@ -152,18 +160,16 @@ class DenoiserTask:
         both = {"unet": self.unet, "text_encoder": self.text_encoder}
         self.trained = nn.ModuleDict(both).to(self.device).train()
         self.tokens, self.no_tokens = self._tokens(data.captions), self._tokens([""])[0]
-        self.scheduler: Any = DDPMScheduler(**NOISE, num_train_timesteps=TIMES)
         self.autocast = fast_autocast(self.device)
 
     def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         latents = self.latents[rows.to(self.device)].contiguous(memory_format=torch.channels_last)
         tokens = self.tokens[rows]
         tokens[torch.rand(len(rows), generator=generator) < self.dropout] = self.no_tokens
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        times = torch.randint(TIMES, (len(rows),), generator=generator).to(self.device)
+        noisy, noise, times = noised(latents, generator)
         with self.autocast:
             caption = self.text_encoder(tokens.to(self.device))[0]
-            predicted = self.unet(self.scheduler.add_noise(latents, noise, times), times, caption).sample
+            predicted = self.unet(noisy, times, caption).sample
         return mse_loss(predicted.float(), noise)
 
     def parts(self, average: nn.Module) -> dict[str, Any]:

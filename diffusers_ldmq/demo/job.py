@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from ..artifacts import Report
@@ -15,6 +16,7 @@ from ..errors import OutputError
 from ..families import find_denoiser, layer_table
 from ..inputs import default_inputs
 from ..output import folder_beside, refuse_folder
+from ..pictures import comparison_sheet, picture_scores
 from ..pipeline import (
     Outcome,
     QuantizedLDMPipeline,
@@ -25,9 +27,10 @@ from ..pipeline import (
     save_pipeline,
 )
 from ..planning import make_plan
+from ..plots import plot_sqnr
 from ..progress import StageProgress as Progress
 from ..quantization import quantize
-from ..report import comparison_sheet, picture_scores, plot_sqnr
+from ..report import ReportInputs, write_report
 from ..sampling import Sampling, sample_pictures
 from ..serialization import write_json
 from ..summary import FLOAT, FLOAT_BEST, QUANTIZED, QUANTIZED_BEST, Summary, summary_data
@@ -56,8 +59,9 @@ def refuse_demo_folder(folder: Path) -> None:
 def run_demo(folder: Path, progress: Progress) -> Summary:
     """Record, profile, plan, calibrate, quantize, verify, save, load again and sample 8 prompts with both models.
 
-    Leaves in `folder`: quantized/ (an ordinary diffusers folder), plan.json, profile.json, comparison.png, sqnr.png
-    and summary.json. Raises OutputError if the folder is neither new nor an earlier demo's, or cannot be written.
+    Leaves in `folder`: quantized/ (an ordinary diffusers folder), report.html, plan.json, profile.json,
+    comparison.png, sqnr.png and summary.json.
+    Raises OutputError if the folder is neither new nor an earlier demo's, or cannot be written.
     """
     refuse_demo_folder(folder)
     sampling = Sampling(STEPS, GUIDANCE, PICTURE_SEED)
@@ -85,8 +89,10 @@ def run_demo(folder: Path, progress: Progress) -> Summary:
             file_bytes=component_bytes(saved, loaded),
             cpu=cpu_kind(),
         )
-        comparison_sheet(beside / "comparison.png", {"float": before, "quantized": after}, demo_prompts())
+        pictures = {"float": before, "quantized": after}
+        comparison_sheet(beside / "comparison.png", pictures, demo_prompts())
         _write_figures(beside, outcome, uniform)
+        write_report(beside / "report.html", _report_inputs(outcome, uniform, pictures))
         write_json(beside / "summary.json", summary_data(summary))
         (beside / MARKER).write_text("Written by `ldmq demo`, which may replace this folder.\n", encoding="utf-8")
     return summary
@@ -135,6 +141,20 @@ def _write_figures(folder: Path, outcome: Outcome, uniform: Report) -> None:
     outcome.profile.save(folder / "profile.json")
     reports = {f"{outcome.plan.planner} plan": outcome.report, "every layer W8A8": uniform}
     plot_sqnr(folder / "sqnr.png", outcome.profile, outcome.plan, reports)
+
+
+def _report_inputs(outcome: Outcome, uniform: Report, pictures: dict[str, list[Image.Image]]) -> ReportInputs:
+    assert outcome.profile is not None
+    return ReportInputs(
+        model=MODEL,
+        table=outcome.profile.table,
+        plan=outcome.plan,
+        report=outcome.report,
+        profile=outcome.profile,
+        others={"every layer W8A8": uniform},
+        pictures=pictures,
+        captions=tuple(demo_prompts()),
+    )
 
 
 def _stage(progress: Progress, name: str) -> Callable[[int, int], None]:

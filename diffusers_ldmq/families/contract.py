@@ -12,7 +12,9 @@ class Family:
 
     components: pipeline attributes to look at; classes: class names (a subclass counts too);
     place: layer name -> (sort key in execution order, block name, part); keep_float: regular expression that is
-    searched in a layer's name, matches stay in floating point by default.
+    searched in a layer's name, matches stay in floating point by default;
+    skip_split: layer name -> how many of its input channels come from the layer before it, the rest from the skip
+    connection that is concatenated behind them; None where nothing is.
     """
 
     name: str
@@ -20,6 +22,7 @@ class Family:
     classes: tuple[str, ...]
     place: Callable[[str, nn.Module], tuple[tuple[int, ...], str, str]]
     keep_float: str
+    skip_split: Callable[[str, nn.Module], int | None]
 
     def matches(self, module: nn.Module) -> bool:
         """True if `module` is of this family, by class name."""

@@ -28,6 +28,11 @@ def place(name: str, denoiser: nn.Module) -> tuple[tuple[int, ...], str, str]:
     return (1, position, 0), match[0].rstrip("."), "decoder" if 2 * position >= sum(sizes) else "encoder"
 
 
+def skip_split(name: str, denoiser: nn.Module) -> int | None:
+    """None: these transformers concatenate tokens, never channels."""
+    return None
+
+
 FAMILY = Family(
     name="transformer",
     components=("transformer", "prior"),
@@ -45,4 +50,5 @@ FAMILY = Family(
     # embedders and the modulation (adaLN) path: hardly any work, every block depends on them
     keep_float=r"^(time|pos_embed|patch_embed|x_embedder|context_embedder|caption_projection|adaln|norm_out"
     r"|proj_out|proj_in)|\.norm\w*\.(linear|emb\.)",
+    skip_split=skip_split,
 )

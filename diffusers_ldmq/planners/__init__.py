@@ -1,7 +1,7 @@
 """Who decides the scheme of every layer: one file, one rule. (LayerTable, Profile or None, Request) -> Plan."""
 
 from ..registry import Registry
-from .budget import budget
+from .budget import budget, candidates
 from .contract import Planner, Request, Target, fp32_bytes, integer_share, layer_bytes, parse_target, plan_bytes
 from .hybrid import higher_precision, hybrid
 from .low_precision import low_precision
@@ -19,6 +19,7 @@ __all__ = [
     "Prediction",
     "Request",
     "Target",
+    "candidates",
     "fp32_bytes",
     "higher_precision",
     "hybrid",

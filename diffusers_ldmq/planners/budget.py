@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array
 
-from ..artifacts import LayerChoice, LayerTable, Plan, Profile
+from ..artifacts import LayerChoice, Plan, Profile
 from ..errors import PlanError
 from ..specs import parse_scheme
+from ..tables import LayerTable
 from .contract import Request, Target, fp32_bytes, integer_share, layer_bytes, plan_bytes
 from .prediction import Prediction, predict
 from .solver import least

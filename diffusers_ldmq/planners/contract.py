@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..artifacts import LayerInfo, LayerTable, LayerTimes, Plan, Profile
+from ..artifacts import Plan, Profile
 from ..errors import PlanError
 from ..specs import parse_scheme
+from ..tables import LayerInfo, LayerTable, LayerTimes
 
 STORAGE_BYTES = 2
 """Floating tensors are stored in 16 bits."""

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ..artifacts import LayerChoice, LayerTable, Plan, Profile
+from ..artifacts import LayerChoice, Plan, Profile
 from ..errors import PlanError
 from ..specs import parse_scheme
+from ..tables import LayerTable
 from .contract import Request, fp32_bytes, integer_share, plan_bytes
 from .low_precision import low_precision
 from .prediction import Prediction, predict

@@ -24,7 +24,7 @@ def least(
         solution = milp(
             objective,
             integrality=np.ones(len(usable)),
-            bounds=Bounds(0, usable.astype(float)),
+            bounds=Bounds(0, usable.astype(float)),  # pyright: ignore[reportArgumentType]
             constraints=rows,
             options=OPTIONS,
         )

@@ -1,8 +1,7 @@
 """The training script through its command line: every stage, interruption and resumption, and refused inputs."""
 
-import importlib
-import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,37 +10,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "train"
 TINY = ("width=16", "batch=2", "warmup=2", "checkpoint_every=2", "device=cpu")
 STEPS = 4
 STAGES = ("vae", "decoder", "unet")
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    """The script as a module, on one thread: the networks are too small to gain from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
-        yield importlib.import_module("emoji_sd")
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures in Hugging Face's imagefolder layout."""
-    folder = tmp_path_factory.mktemp("pictures")
-    rows = []
-    for index in range(8):
-        draw_picture(folder / f"{index}.png", index)
-        rows.append(json.dumps({"file_name": f"{index}.png", "text": f"Square number {index}"}))
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
+def script(training_script: Callable[[str], ModuleType]) -> ModuleType:
+    return training_script("emoji_sd")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +30,6 @@ def uninterrupted(script: ModuleType, pictures: Path, tmp_path_factory: pytest.T
     result = train(script, "all", pictures, out)
     assert result.exit_code == 0, result.output
     return out
-
-
-def draw_picture(path: Path, seed: int) -> None:
-    blocks = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)  # not square on purpose
-    Image.fromarray(blocks).resize((32, 24), Image.Resampling.NEAREST).save(path)
 
 
 def train(script: ModuleType, stage: str, data: Path, out: Path, *changes: str) -> Any:
@@ -103,11 +77,14 @@ def test_decoder_stage_keeps_the_encoder(uninterrupted: Path) -> None:
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(
-    script: ModuleType, pictures: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType,
+    pictures: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    interrupted: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     for stage in STAGES:
-        with monkeypatch.context() as patch:
-            interrupt_after(patch, script, calls=3)
+        with interrupted(3):
             assert train(script, stage, pictures, tmp_path).exit_code != 0
         assert train(script, stage, pictures, tmp_path).exit_code == 0
     compared = sorted(path.relative_to(uninterrupted) for path in uninterrupted.rglob("*.safetensors"))
@@ -117,18 +94,6 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         assert expected.keys() == resumed.keys()
         for name in expected:
             assert torch.equal(expected[name], resumed[name]), f"{path}: {name}"
-
-
-def interrupt_after(patch: pytest.MonkeyPatch, script: ModuleType, calls: int) -> None:
-    """Ends a run as Ctrl-C would, in its step number `calls` + 1."""
-    advance = script.Run.advance
-
-    def interrupted(run: object) -> float:
-        if run.step == calls:  # type: ignore[attr-defined]
-            raise KeyboardInterrupt
-        return advance(run)
-
-    patch.setattr(script.Run, "advance", interrupted)
 
 
 def test_a_finished_stage_is_left_alone(script: ModuleType, pictures: Path, uninterrupted: Path) -> None:
@@ -151,7 +116,9 @@ def test_resuming_with_other_settings_is_refused(script: ModuleType, pictures: P
     assert "was made with batch=2, not 3" in message
 
 
-def test_resuming_with_other_data_is_refused(script: ModuleType, uninterrupted: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_data_is_refused(
+    script: ModuleType, uninterrupted: Path, tmp_path: Path, draw_picture: Callable[[Path, int], None]
+) -> None:
     draw_picture(tmp_path / "other.png", 9)
     (tmp_path / "other.txt").write_text("another square")
     message = refusal(train(script, "vae", tmp_path, uninterrupted))
@@ -173,7 +140,9 @@ def test_an_empty_folder_is_refused(script: ModuleType, tmp_path: Path) -> None:
     assert refusal(train(script, "vae", tmp_path, tmp_path / "out")).startswith(f"no pictures in {tmp_path}")
 
 
-def test_pictures_without_captions_are_refused(script: ModuleType, tmp_path: Path) -> None:
+def test_pictures_without_captions_are_refused(
+    script: ModuleType, tmp_path: Path, draw_picture: Callable[[Path, int], None]
+) -> None:
     for name in ("a", "b", "c"):
         draw_picture(tmp_path / f"{name}.png", 0)
     (tmp_path / "b.txt").write_text("the one with a caption")

@@ -33,8 +33,8 @@ def demo_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 def test_folder_holds_exactly_what_was_promised(demo_run: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = demo_run
-    expected = {"quantized", "plan.json", "profile.json", "comparison.png", "sqnr.png", "summary.json", MARKER}
-    assert set(os.listdir(folder)) == expected
+    files = {"report.html", "plan.json", "profile.json", "comparison.png", "sqnr.png", "summary.json"}
+    assert set(os.listdir(folder)) == {"quantized", MARKER, *files}
     assert os.listdir(folder.parent) == ["out"]
 
 
@@ -83,6 +83,14 @@ def test_pictures_are_pictures(demo_run: tuple[Path, dict[str, Any]]) -> None:
     assert sheet.width >= len(demo_prompts()) * 192
     assert sheet.height >= 2 * 192
     assert min(curves.size) > 500
+
+
+def test_the_report_shows_what_was_measured(demo_run: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = demo_run
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"{summary['output_sqnr_db']['all']:.1f} dB" in page
+    assert all(prompt in page for prompt in demo_prompts())
+    assert page.count("data:image/png;base64,") >= 2 * len(demo_prompts()) + 6
 
 
 def test_marked_and_empty_folders_may_be_replaced(tmp_path: Path) -> None:

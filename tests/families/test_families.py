@@ -139,6 +139,54 @@ def test_a_layer_that_the_model_lacks_is_named(denoiser_of: Make) -> None:
         layer_table(denoiser_of("pixel")).layer("absent")
 
 
+def concatenations(denoiser: nn.Module, batch: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Layer name -> channels of the first of the two tensors whose concatenation the layer's resnet was given."""
+    firsts: dict[int, tuple[torch.Tensor, int]] = {}
+    found: dict[str, int] = {}
+    whole = torch.cat
+
+    def cat(tensors: Any, dim: int = 0, **rest: Any) -> torch.Tensor:
+        out = whole(tensors, dim=dim, **rest)
+        if dim == 1 and len(tensors) == 2:
+            firsts[id(out)] = (out, tensors[0].shape[1])  # holding the tensor keeps its id its own
+        return out
+
+    for name, module in denoiser.named_modules():
+        if re.search(r"resnets\.\d+$", name):
+
+            def see(resnet: nn.Module, args: Any, name: str = name) -> None:
+                if id(args[0]) in firsts:
+                    found.update(
+                        (f"{name}.{child}", firsts[id(args[0])][1])
+                        for child in ("conv1", "conv_shortcut")
+                        if getattr(resnet, child, None) is not None
+                    )
+
+            module.register_forward_pre_hook(see)
+    monkeypatch.setattr(torch, "cat", cat)
+    run(denoiser, batch)
+    return found
+
+
+def test_the_skip_split_is_where_the_model_concatenates(
+    kind: str, denoiser_of: Make, recordings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser, recording = denoiser_of(kind), recordings(kind)
+    family = family_of(denoiser)
+    told = {name: family.skip_split(name, denoiser) for name in quantizable_layers(denoiser)}
+    real = concatenations(denoiser, recording.batch(recording.calls[0]), monkeypatch)
+    assert {name: split for name, split in told.items() if split is not None} == real
+    assert bool(real) == (kind != "dit")
+
+
+def test_a_decoder_without_skip_connections_has_no_split() -> None:
+    unet: Any = UNet2DModel(sample_size=8, block_out_channels=(16,), norm_num_groups=8, layers_per_block=1,
+                       down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))  # fmt: skip
+    unet.up_blocks[0].resnets[0].conv1 = nn.Conv2d(16, 16, 3, padding=1)
+    assert family_of(unet).skip_split("up_blocks.0.resnets.0.conv1", unet) is None
+    assert family_of(unet).skip_split("up_blocks.0.resnets.1.conv1", unet) == 16
+
+
 def test_stable_diffusions_own_shape_is_read_right(recordings: Callable[[str], Recording]) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
