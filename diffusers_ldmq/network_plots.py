@@ -164,7 +164,7 @@ def _draw_map(axes: Any, table: LayerTable, plan: Plan) -> None:
             cells.append(Rectangle((column - 0.47, row), 0.94, 0.94))
             colours.append(scheme_colour(_scheme(plan, name)))
     axes.add_collection(PatchCollection(cells, facecolors=colours))
-    spread_ticks(axes, [clipped(block.name, 44) for block in table.blocks], 110)
+    spread_ticks(axes, [clipped(block.name, 44) for block in table.blocks], 300)
     split_parts(axes, [block.part for block in table.blocks])
     axes.set_ylim(tallest, 0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

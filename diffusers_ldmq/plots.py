@@ -150,7 +150,7 @@ def _draw_curves(axes: Any, profile: Profile, plan: Plan) -> None:
     if sensitive:
         label = "sensitive block: adds more than 4x the median noise"
         axes.plot(sensitive, [heights[k] for k in sensitive], "o", color=COLOURS[1], markersize=8, label=label)
-    spread_ticks(axes, _labels(profile, plan), 160)
+    spread_ticks(axes, _labels(profile, plan), 250)
     split_parts(axes, _parts(profile, main))
     axes.set_xlabel("block, in the order in which they run")
     axes.set_ylabel(SQNR_AXIS)
@@ -220,7 +220,7 @@ def _draw_map(figure: Any, profile: Profile) -> None:
     image = axes.imshow(shown, cmap=colormaps["YlOrRd"], aspect="auto", vmin=low, vmax=max(high, low + 1))
     bar = figure.colorbar(image, ax=axes, pad=0.01, extend="min")
     bar.set_label("noise power added,\nrelative to the signal (dB)")
-    spread_ticks(axes, _names(curve.groups), 160)
+    spread_ticks(axes, _names(curve.groups), 250)
     axes.set_yticks(range(len(timesteps)), [f"{t:g}" for t in timesteps])
     axes.set_ylabel("diffusion timestep\n(pure noise on top)")
     axes.set_xlabel("block, in the order in which they run")
@@ -265,7 +265,7 @@ def _draw_ranking(axes: Any, ranked: Sequence[tuple[str, float]], plan: Plan, ax
     axes.set_ylim(len(ranked) - 0.4, -0.6)
     axes.set_xlabel(axis)
     axes.grid(axis="x")
-    scheme_legend(axes, schemes, title="scheme in the plan", loc="lower right")
+    scheme_legend(axes, schemes, title="scheme in the plan", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _draw_reports(axes: Any, reports: Mapping[str, Report]) -> None:

@@ -12,6 +12,8 @@ from .plots import own_effect_db
 from .summary import mb
 from .tables import LayerInfo, LayerTable, LayerTimes
 
+PREDICTED = "predicted"
+"""Heading of the column that was not measured."""
 TOLD = {
     "delta_n": "noise power that each block adds, relative to the signal",
     "threshold": "added noise above which a block counts as sensitive",
@@ -91,10 +93,14 @@ def timestep_rows(reports: Mapping[str, Report], predicted: Mapping[float, float
         for name, report in reports.items()
     }
     if predicted:
-        curves = {"predicted": predicted, **curves}
+        curves = {PREDICTED: predicted, **curves}
     times = sorted({t for curve in curves.values() for t in curve}, reverse=True)
-    rows = [(f"{t:g}", [told_db(curve.get(t)) for curve in curves.values()]) for t in times]
+    rows = [(f"{t:g}", [_at(curve, t, name) for name, curve in curves.items()]) for t in times]
     return {"names": list(curves), "rows": rows, "predicted": bool(predicted)}
+
+
+def _at(curve: Mapping[float, float], timestep: float, name: str) -> str:
+    return "not predicted" if name == PREDICTED and timestep not in curve else told_db(curve.get(timestep))
 
 
 def report_cells(report: Report) -> list[str]:
