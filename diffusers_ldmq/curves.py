@@ -132,7 +132,8 @@ def block_curve(
                 memory.keep(name, row)
             rows[index] = row
             give_back()
-            done(len(given.batches))
+            if names:
+                done(len(given.batches))
     noise = tuple(rows[index] for index in range(len(groups)))
     return BlockCurve(given.scheme, _signal(given), noise, groups, direction, part)
 

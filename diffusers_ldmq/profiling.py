@@ -78,7 +78,7 @@ def profile_sqnr(
     kept = {info.name for info in table.layers if info.keep_float}
     kept = kept if settings.keep_float is None else set(settings.keep_float)
     kinds = [(d, p) for d in DIRECTIONS for p in PARTS] if settings.full else [("forward", "both")]
-    rows = min(sum(1 for block in table.blocks if set(block.layers) - kept), len(table.blocks))
+    rows = sum(1 for block in table.blocks if set(block.layers) - kept)
     rows = rows if settings.full else min(rows, settings.groups)
     count = _Counter(len(batches) * (PASS_COST + len(kinds) * rows), progress)
     remembered = Memory.at(Path(memory), _key(recording, settings)) if memory is not None else Memory()
@@ -142,7 +142,7 @@ def _probe(
         name = f"layers {number}"
         if number == 0 or name not in memory.rows:
             generator.manual_seed(number)  # so that a resumed profile draws the same signs
-            measured = replace(probes, signal={}, noise={}, own={})
+            measured = replace(probes, signal={}, noise={}, own={}, macs=probes.macs if number == 0 else {})
             measured.measure(denoiser, batch, generator, 1 if batch.output.shape[0] >= ENOUGH_ROWS else 2)
             memory.keep(name, measured.row(batch.timestep))
         probes.add(batch.timestep, memory.rows[name])

@@ -198,7 +198,7 @@ ORDER = (
     ("closed_loop",),
     ("job",),
     ("pipeline",),
-    ("pictures", "drawing", "timing", "sampling"),
+    ("pictures", "drawing", "sampling"),
     ("plots", "network_plots"),
     ("demo/__init__",),
     ("summary",),

@@ -24,7 +24,7 @@ from .prediction import Prediction, predict
 from .solver import least
 
 MIN_INTEGER_SHARE = 0.75
-"""Asked of every plan whose scheme is integer, unless the target says otherwise or cannot be met so."""
+"""Asked of every plan, of the work that can be integer, unless the target says otherwise or cannot be met so."""
 MOST_BYTES = 1.08
 """Without a target: bytes a plan may take, of what every layer in the low-precision scheme would."""
 FLOAT_PENALTY = 0.1
@@ -159,14 +159,14 @@ def _extra_ms(request: Request, name: str, scheme: str) -> float:
 
 def _limits(table: LayerTable, request: Request) -> _Limits:
     target = request.target or Target("")
+    everywhere = {info.name: request.scheme for info in table.layers if info.name not in (request.keep_float or ())}
     share = target.min_integer_share
     if share is None and parse_scheme(request.scheme).is_integer:
-        share = MIN_INTEGER_SHARE
+        share = MIN_INTEGER_SHARE * integer_share(table, everywhere)
     size: float | None = target.byte_limit(table)
     limit = request.limit_ms()
     limit = limit - request.times.step_ms if limit is not None and request.times else None
     if target.min_sqnr_db is None and size is None and limit is None:
-        everywhere = {info.name: request.scheme for info in table.layers if info.name not in (request.keep_float or ())}
         size = MOST_BYTES * plan_bytes(table, everywhere)
     return _Limits(size, limit, share, target.min_sqnr_db)
 
@@ -208,7 +208,9 @@ def _out_of_reach(table: LayerTable, options: _Options, limits: _Limits, request
         grouped = {n for group in options.groups for n in group}
         fixed = float_size - sum(layer_bytes(i, "float") for i in table.layers if i.name in grouped)
         smallest = best(options.size) + fixed
-        told.append(f"the smallest plan takes {smallest / 1e6:.1f} MB ({smallest / fp32_bytes(table):.3f}x of fp32)")
+        told.append(
+            f"the smallest {request.scheme} plan takes {smallest / 1e6:.1f} MB ({smallest / fp32_bytes(table):.3f}x of fp32)"
+        )
     if limits.ms is not None and options.ms is not None and request.times is not None:
         fastest = request.times.step_ms + best(options.ms)
         told.append(f"the fastest is predicted at {request.times.fastest_ms / fastest:.2f}x of the fastest float")
@@ -224,8 +226,8 @@ def _out_of_reach(table: LayerTable, options: _Options, limits: _Limits, request
         share = -best(-options.macs) / max(sum(info.macs for info in table.layers), 1)
         told.append(f"at most {100 * share:.0f} % of the work can be integer")
     return (
-        f"target {request.text!r} cannot be met with {request.scheme}: {'; '.join(told)}. Lower it, or choose another "
-        f"--scheme (w4a8 is smaller, w8a16 is more exact)"
+        f"target {request.text!r} cannot be met: {', '.join(told)}; choose another target or another scheme (w4a8 is "
+        f"smaller, w8a16 is more exact)"
     )
 
 
