@@ -31,6 +31,8 @@ CALIBRATING_CALLS = 8
 SELECT_CALLS = 5
 IMAGES = 2
 """How much of the recording is looked at: calls of each set, spread evenly, and images of each."""
+CANDIDATES = 3
+"""How many corrections of a layer, best first, may be tried at the model gate until one passes."""
 CAPTURE_BYTES = 2**28
 """Layer inputs held in memory at a time, as long as one layer's alone are not more."""
 
@@ -50,7 +52,7 @@ def correct(  # noqa: PLR0913 (options of one stage)
 
     observer: derives static ranges again from the transformed inputs (None = the calibration's). Inputs of as many
     layers as fit into CAPTURE_BYTES are held at a time, of one at least; the denoiser runs CALIBRATING_CALLS +
-    SELECT_CALLS times for each such group and SELECT_CALLS times for each layer that reaches the model gate.
+    SELECT_CALLS times for each such group and SELECT_CALLS times for each of a layer's CANDIDATES at the model gate.
 
     Raises CalibrationError for a layer that is not quantized, or not called, LDMQError for an unknown correction or
     observer or a denoiser that is quantized already.
@@ -84,10 +86,11 @@ def apply_everywhere(
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """All trials of one layer at its own output; state: of the best one, None where none is good enough."""
+    """All trials of one layer at its own output; candidates: (index in trials, state) of the good ones, best first."""
 
+    layer: str
     trials: tuple[Trial, ...]
-    state: LayerState | None
+    candidates: tuple[tuple[int, LayerState], ...]
 
 
 class _Stage:
@@ -182,7 +185,11 @@ class _Stage:
             attempt(f"{trials[best].correction} + bias", "bias", states[best] or state)
             best = _best(trials, states)
         told = [replace(trial, reason=trial.reason or _against(trial, trials, best)) for trial in trials]
-        return _Tried(tuple(told), None if best is None else states[best])
+        # best stands first: a little more at the layer is no reason to prefer what costs more
+        good = sorted(range(len(trials)), key=lambda i: (i != best, -trials[i].layer_db[1]))
+        good = [i for i in good if best is not None and trials[i].layer_db[1] >= without + LEAST_GAIN_DB]
+        candidates = [(i, found) for i in good[:CANDIDATES] if (found := states[i]) is not None]
+        return _Tried(name, tuple(told), tuple(candidates))
 
 
 def held_out_batches(recording: Recording) -> list[Batch]:
@@ -227,35 +234,31 @@ def _at_output(
     """The model gate: one layer after another into the quantized denoiser, kept where its output is no worse."""
     decided: list[Trial] = []
     kept = dict(calibration.states)
-    if not any(entry.state is not None for entry in tried):
+    if not any(entry.candidates for entry in tried):
         return calibration, [trial for entry in tried for trial in entry.trials]
-    originals = {entry.trials[0].layer: denoiser.get_submodule(entry.trials[0].layer) for entry in tried}
+    originals = {entry.layer: denoiser.get_submodule(entry.layer) for entry in tried}
     with quantized_for_now(denoiser, calibration):
         now = _output_power(denoiser, batches)
         for entry in tried:
-            name, state = entry.trials[0].layer, entry.state
-            if state is None:
-                decided.extend(entry.trials)
-                continue
-            before = denoiser.get_submodule(name)
-            replace_layer(denoiser, name, quantize_layer(originals[name], state))
-            new = _output_power(denoiser, batches)
-            good = new.noise <= now.noise
-            decided.extend(_judged(trial, (now.sqnr_db, new.sqnr_db), good) for trial in entry.trials)
-            if good:
-                now, kept[name] = new, state
-            else:
-                replace_layer(denoiser, name, before)
+            trials, before = list(entry.trials), denoiser.get_submodule(entry.layer)
+            for index, state in entry.candidates:
+                replace_layer(denoiser, entry.layer, quantize_layer(originals[entry.layer], state))
+                new = _output_power(denoiser, batches)
+                trials[index] = _judged(trials[index], now, new)
+                if trials[index].kept:
+                    now, kept[entry.layer] = new, state
+                    break
+                replace_layer(denoiser, entry.layer, before)
+            decided.extend(trials)
     return replace(calibration, states=kept), decided
 
 
-def _judged(trial: Trial, output_db: tuple[float, float], good: bool) -> Trial:
-    """The layer's winning trial after the model gate; the others as they are."""
-    if trial.reason:
-        return trial
-    gain = trial.layer_db[1] - trial.layer_db[0]
-    told = f"layer SQNR {gain:+.2f} dB, output SQNR {output_db[1] - output_db[0]:+.3f} dB"
-    return replace(trial, output_db=output_db, kept=good, reason=told if good else f"{told}: the output gets worse")
+def _judged(trial: Trial, now: Power, new: Power) -> Trial:
+    """The trial after the model gate."""
+    db, gain = (now.sqnr_db, new.sqnr_db), trial.layer_db[1] - trial.layer_db[0]
+    told = f"layer SQNR {gain:+.2f} dB, output SQNR {db[1] - db[0]:+.3f} dB"
+    good = new.noise <= now.noise
+    return replace(trial, output_db=db, kept=good, reason=told if good else f"{told}: the output gets worse")
 
 
 def _output_power(denoiser: nn.Module, batches: list[Batch]) -> Power:

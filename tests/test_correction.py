@@ -141,6 +141,18 @@ def test_a_correction_that_helps_the_layer_but_not_the_output_is_told_and_not_ap
     assert set(calibration.states) - unchanged(calibration.states, new.states) == {WORST[1]}
 
 
+def test_the_next_best_is_tried_where_the_best_harms_the_output(
+    bundled: Given, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser, calibration, recording = bundled
+    noises = iter([1.0, 2.0, 0.5])  # before, with the best, with the second best
+    monkeypatch.setattr(stage, "_output_power", lambda *_: Power(10.0, next(noises)))
+    new, trials = correct(denoiser, calibration, recording, layers=WORST[:1], corrections=["rotate", "low-rank"])
+    gated = sorted((trial for trial in trials if trial.output_db), key=lambda trial: -trial.layer_db[1])
+    assert [trial.kept for trial in gated] == [False, True]
+    assert (new.states[WORST[0]].rank > 0) == (gated[1].correction == "low-rank")
+
+
 def test_bias_is_tried_on_top_of_the_best(bundled: Given) -> None:
     denoiser, calibration, recording = bundled
     _, trials = correct(denoiser, calibration, recording, layers=WORST[:1], corrections=["rotate", "bias"])
