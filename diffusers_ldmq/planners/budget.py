@@ -208,9 +208,8 @@ def _out_of_reach(table: LayerTable, options: _Options, limits: _Limits, request
         grouped = {n for group in options.groups for n in group}
         fixed = float_size - sum(layer_bytes(i, "float") for i in table.layers if i.name in grouped)
         smallest = best(options.size) + fixed
-        told.append(
-            f"the smallest {request.scheme} plan takes {smallest / 1e6:.1f} MB ({smallest / fp32_bytes(table):.3f}x of fp32)"
-        )
+        ratio = smallest / fp32_bytes(table)
+        told.append(f"the smallest {request.scheme} plan takes {smallest / 1e6:.1f} MB ({ratio:.3f}x of fp32)")
     if limits.ms is not None and options.ms is not None and request.times is not None:
         fastest = request.times.step_ms + best(options.ms)
         told.append(f"the fastest is predicted at {request.times.fastest_ms / fastest:.2f}x of the fastest float")
