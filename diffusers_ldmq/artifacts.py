@@ -3,67 +3,15 @@
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from .errors import PlanError
 from .metrics import Power, total
 from .serialization import from_json, read_json, write_json
 from .specs import LayerState, parse_scheme
+from .tables import LayerTable
 
 FORMAT_VERSION = 1
-
-Part = Literal["encoder", "middle", "decoder"]
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Smallest unit in execution order that a family names. layers: names of its Linear and Conv2d layers."""
-
-    name: str
-    part: str
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerInfo:
-    """One Linear or Conv2d. shape: of its weight; macs: multiply-accumulates per image (one row of the batch)."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    bias: bool
-    macs: int
-    keep_float: bool
-
-    @property
-    def parameters(self) -> int:
-        """Number of weight elements, bias apart."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTable:
-    """The denoiser as planners see it: its blocks in execution order and every Linear and Conv2d.
-
-    fingerprint: of all layer names and shapes; two fine-tunes of one model share it, other models do not.
-    other_parameters: elements outside those layers' weights and biases (norms, embeddings).
-    """
-
-    denoiser: str
-    fingerprint: str
-    blocks: tuple[Block, ...]
-    layers: tuple[LayerInfo, ...]
-    other_parameters: int
-
-    def layer(self, name: str) -> LayerInfo:
-        """The layer of that name. Raises PlanError if the model lacks it."""
-        for info in self.layers:
-            if info.name == name:
-                return info
-        raise PlanError(f"{self.denoiser} has no Linear or Conv2d layer {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +93,6 @@ class Profile:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerTimes:
-    """Milliseconds on one device, measured in one run. layers: name -> scheme ('float' among them) -> ms of one call.
-
-    step_ms: one whole denoiser call of the float model in its fastest eager dtype; dtype: that dtype, which quantized
-    layers take and give too; rows: batch of the call.
-    """
-
-    device: str
-    dtype: str
-    rows: int
-    step_ms: float
-    layers: dict[str, dict[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
 class LayerChoice:
     """The scheme of one layer and the reason for it."""
 
@@ -227,12 +160,30 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """What one correction did to one layer. correction: its name, or 'smooth + bias' for bias on top of another.
+
+    layer_db, output_db: relative SQNR at the layer and output SQNR of the denoiser on held-out calls, (without, with)
+    it; output_db is None where the model gate was not reached. kept: it is part of the calibration; reason: why, or
+    why not, in words.
+    """
+
+    layer: str
+    correction: str
+    layer_db: tuple[float, ...]
+    output_db: tuple[float, ...] | None
+    kept: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What verification measured at the denoiser's output, on calls that nothing before it saw.
 
     timesteps, signal, noise: [T], one entry per recorded timestep; dtype: of the verified denoiser.
     int8_macs: share of the Linear and Conv2d multiply-accumulates that run integer x integer.
-    bytes: of the denoiser's stored weights; fp32_bytes: of the same model at fp32.
+    bytes: of the denoiser's stored weights; fp32_bytes: of the same model at fp32. corrections: all that were tried;
+    speedup: of a call over the float model's in its fastest dtype, where a target asked for it.
     """
 
     timesteps: tuple[float, ...]
@@ -245,6 +196,8 @@ class Report:
     bytes: int
     fp32_bytes: int
     calibration: dict[str, Any] = field(default_factory=dict)
+    corrections: tuple[Trial, ...] = ()
+    speedup: float | None = None
     format_version: int = FORMAT_VERSION
 
     @property

@@ -22,7 +22,7 @@ def calibrate(
     recording: Recording | None,
     *,
     selection: str = "first-step",
-    observer: str = "mse",
+    observer: str = "minmax-affine",
     progress: Progress | None = None,
 ) -> Calibration:
     """States of all layers that `plan` quantizes: weights from the model, static input ranges from the recording's

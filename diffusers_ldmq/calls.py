@@ -143,12 +143,18 @@ def _rows(value: Tensor, path: str, rows: int, keep: Tensor | None) -> Tensor:
 
 def run(denoiser: nn.Module, batch: Batch) -> Tensor:
     """The denoiser's output for a batch, without dropout, at its own dtype and device, as fp32 on the CPU."""
+    with torch.no_grad():
+        return forward(denoiser, batch).float().cpu()
+
+
+def forward(denoiser: nn.Module, batch: Batch) -> Tensor:
+    """The denoiser's output for a batch as it comes, without dropout; differentiable where gradients are enabled."""
     reference = next((p for p in denoiser.parameters() if p.is_floating_point()), None)
     dtype = reference.dtype if reference is not None else torch.float32
     device = reference.device if reference is not None else torch.device("cpu")
-    with torch.no_grad(), evaluating(denoiser):
+    with evaluating(denoiser):
         output = denoiser(**_cast(batch.kwargs, dtype, device))
-    return (output[0] if isinstance(output, (tuple, list)) else output.sample).float().cpu()
+    return output[0] if isinstance(output, (tuple, list)) else output.sample
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .artifacts import Calibration
+from .artifacts import Calibration, Trial
 from .calls import Batch, Recording, run
 from .corrections import CORRECTIONS, LayerInputs, output_power
 from .errors import CalibrationError
@@ -35,23 +35,6 @@ CANDIDATES = 3
 """How many corrections of a layer, best first, may be tried at the model gate until one passes."""
 CAPTURE_BYTES = 2**28
 """Layer inputs held in memory at a time, as long as one layer's alone are not more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """What one correction did to one layer. correction: its name, or 'smooth + bias' for bias on top of another.
-
-    layer_db, output_db: relative SQNR at the layer and output SQNR of the denoiser on held-out calls, (without, with)
-    it; output_db is None where the model gate was not reached. kept: it is part of the calibration; reason: why, or
-    why not, in words.
-    """
-
-    layer: str
-    correction: str
-    layer_db: tuple[float, float]
-    output_db: tuple[float, float] | None
-    kept: bool
-    reason: str
 
 
 def correct(  # noqa: PLR0913 (options of one stage)

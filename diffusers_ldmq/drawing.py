@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-from .artifacts import Block, LayerTable
+from .tables import Block, LayerTable
 
 DPI = 110
 """Pixels per inch of every figure."""

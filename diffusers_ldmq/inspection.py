@@ -6,12 +6,13 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from .artifacts import LayerTable, Plan, Profile, Report
+from .artifacts import Plan, Profile, Report
 from .families import find_denoiser, float_shape, quantizable_layers
 from .layers import QuantizedLayer
 from .metrics import sqnr_db
 from .planners import fp32_bytes, integer_share, plan_bytes
 from .summary import mb, size_data, sqnr_data
+from .tables import LayerTable
 from .verification import backend_counts, floating_dtype, scheme_counts
 from .verification import float_parameters as count_parameters
 from .verification import stored_bytes as count_bytes

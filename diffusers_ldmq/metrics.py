@@ -40,7 +40,7 @@ class Power:
         """Sum |reference|^2 and sum |measured - reference|^2 over all elements, accumulated in fp64."""
         reference = reference.detach().float()
         noise = measured.detach().float() - reference
-        return Power(_energy(reference), _energy(noise))
+        return Power(energy(reference), energy(noise))
 
     def __add__(self, other: "Power") -> "Power":
         return Power(self.signal + other.signal, self.noise + other.noise)
@@ -56,7 +56,8 @@ class Power:
         return sqnr_db(self.signal, self.noise)
 
 
-def _energy(x: Tensor) -> float:
+def energy(x: Tensor) -> float:
+    """Sum of squares of all elements, in fp64 across rows."""
     # fp32 partial sums of one row each, fp64 across rows: as exact as fp64 throughout at a fraction of the cost
     rows = x.reshape(x.shape[0], -1) if x.dim() > 1 else x.reshape(1, -1)
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())

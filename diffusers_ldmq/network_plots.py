@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .artifacts import LayerTable, LayerTimes, Plan
+from .artifacts import Plan
 from .drawing import (
     PARTS,
     Drawing,
@@ -16,6 +16,7 @@ from .drawing import (
     spread_ticks,
 )
 from .planners import fp32_bytes, layer_bytes
+from .tables import LayerTable, LayerTimes
 
 BEFORE, OTHER = "#dde2e8", "#b6bfc9"
 """Colours of the model as it was, and of what is in no layer."""

@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .artifacts import LayerChoice, LayerTable, Plan, Profile
+from .artifacts import LayerChoice, Plan, Profile
 from .errors import PlanError
 from .planners import PLANNERS, Request, Target, higher_precision, parse_target, plan_bytes
 from .specs import parse_scheme
+from .tables import LayerTable, LayerTimes
+
+RAISED = ", raised"
+"""Added to the planner's name where blocks were raised after measuring."""
 
 
 def make_plan(
@@ -16,10 +20,12 @@ def make_plan(
     planner: str = "hybrid",
     scheme: str = "w8a8",
     keep_float: str | tuple[str, ...] = "default",
+    times: LayerTimes | None = None,
 ) -> Plan:
     """The plan of a named planner. profile: a LayerTable is enough for 'uniform'.
 
-    keep_float: 'default' (the family's; none for 'uniform'), 'none', or names of layers or blocks.
+    keep_float: 'default' (the family's for 'hybrid', no layer for the others), 'none', or names of layers or blocks;
+    times: what a target on speed is planned with.
     Raises PlanError if the target cannot be read or met, or a name is unknown.
     """
     table = profile if isinstance(profile, LayerTable) else profile.table
@@ -27,7 +33,7 @@ def make_plan(
     if parsed.is_float:
         raise PlanError("the low-precision scheme is 'float': nothing would be quantized; choose one such as w8a8")
     wanted = parse_target(target) if isinstance(target, str) else target
-    request = Request(parsed.name, kept_layers(table, keep_float), wanted)
+    request = Request(parsed.name, kept_layers(table, keep_float), wanted, times)
     return PLANNERS[planner](table, None if isinstance(profile, LayerTable) else profile, request)
 
 
@@ -84,7 +90,9 @@ def _raised(profile: Profile, name: str) -> LayerChoice:
 def _with(plan: Plan, choices: dict[str, LayerChoice], block: str) -> Plan:
     raised = [*plan.reasons.get("raised_after_measuring", []), block]
     reasons = {**plan.reasons, "raised_after_measuring": raised}
-    return replace(plan, layers={**plan.layers, **choices}, reasons=reasons, predicted_sqnr_db=None)
+    planner = plan.planner if plan.planner.endswith(RAISED) else plan.planner + RAISED
+    layers = {**plan.layers, **choices}
+    return replace(plan, planner=planner, layers=layers, reasons=reasons, predicted_sqnr_db=None)
 
 
 def meets_size(plan: Plan, table: LayerTable, target: Target) -> bool:

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .artifacts import LayerInfo, LayerTable, LayerTimes, Plan, Profile, Report
+from .artifacts import Plan, Profile, Report
 from .metrics import told_db
 from .planners import layer_bytes
 from .plots import own_effect_db
 from .summary import mb
+from .tables import LayerInfo, LayerTable, LayerTimes
 
 PREDICTED = "predicted"
 """Heading of the column that was not measured."""
@@ -21,6 +22,10 @@ TOLD = {
     "suffix_layers_in_float": "layers after the cut-off that stay float",
     "measured_on_select_db": "output SQNR on the calls that plans are chosen with (dB)",
     "raised_after_measuring": "blocks raised after measuring, to meet the target",
+    "demanded": "what the planner was asked for after measuring",
+    "bytes": "bytes of the weights as planned",
+    "integer_share": "share of the multiply-accumulates that are integer x integer, as planned",
+    "predicted_ms": "predicted milliseconds of a denoiser call",
     "predicted_curve_db": "predicted output SQNR per timestep (dB)",
     "selection": "which recorded calls give the input ranges",
     "observer": "how a range is found",
@@ -28,6 +33,9 @@ TOLD = {
     "keep_float": "layers kept float",
     "calls": "denoiser calls profiled",
     "images": "pictures of each call",
+    "schemes": "schemes that were measured",
+    "groups": "most points of the block curve",
+    "full": "every timestep, block, direction and part measured",
 }
 """Keys of plan.reasons and profile.settings -> what they mean; others are shown under their own name."""
 

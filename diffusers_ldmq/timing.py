@@ -1,14 +1,20 @@
-"""How long one sampling step takes: the same recorded call on several versions of a denoiser, in turn."""
+"""How long one sampling step takes, and each layer in it under each scheme."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .calibration import layer_state
 from .calls import Batch, run
+from .families import quantizable_layers
+from .layers import quantize_layer
+from .observers import OBSERVERS
+from .specs import geometry_of, parse_scheme
+from .tables import LayerTimes
 from .verification import floating_dtype
 
 WARM_UP = 2
@@ -75,6 +81,81 @@ def fastest_float(denoiser: nn.Module, batch: Batch, dtypes: tuple[torch.dtype, 
         found[dtype, layout] = min(_timed(denoiser, batch) for _ in range(TRIALS))
     dtype, layout = min(found, key=lambda choice: found[choice])
     return denoiser.to(dtype=dtype).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+
+def layer_times(
+    load: Callable[[], nn.Module], batch: Batch, schemes: tuple[str, ...], dtype: torch.dtype | None = None
+) -> LayerTimes:
+    """Milliseconds of every Linear and Conv2d in float and under every scheme, at the shapes of `batch`, and of the
+    whole float call. load: gives the float denoiser, as often as asked; dtype: of the quantized model's float rest.
+
+    Layers of one shape are timed once, on random numbers: times depend on shapes, not on values.
+    """
+    fastest = fastest_float(load(), batch)
+    fastest_ms = 1000 * min(_timed(fastest, batch) for _ in range(TRIALS))
+    fastest_dtype = floating_dtype(fastest)
+    dtype = dtype or fastest_dtype
+    denoiser = load().to(dtype=dtype) if dtype != fastest_dtype else fastest
+    run(denoiser, batch)
+    step_ms = 1000 * min(_timed(denoiser, batch) for _ in range(TRIALS)) if denoiser is not fastest else fastest_ms
+    known: dict[tuple[object, ...], dict[str, float]] = {}
+    found: dict[str, dict[str, float]] = {}
+    for name, (layer, x) in _inputs(denoiser, batch).items():
+        key = (geometry_of(layer), layer.bias is None, x.shape, x.stride())
+        if key not in known:
+            known[key] = _layer_ms(layer, x, schemes)
+        found[name] = known[key]
+    device = next(denoiser.parameters()).device.type
+    name = str(dtype).removeprefix("torch.")
+    best = str(fastest_dtype).removeprefix("torch.")
+    return LayerTimes(device, name, batch.output.shape[0], step_ms, found, fastest_ms, best)
+
+
+def _inputs(denoiser: nn.Module, batch: Batch) -> dict[str, tuple[nn.Linear | nn.Conv2d, Tensor]]:
+    """Name -> (layer, an empty tensor of the shape, layout, dtype and device of its input)."""
+    found: dict[str, tuple[nn.Linear | nn.Conv2d, Tensor]] = {}
+
+    def hook(name: str, layer: nn.Linear | nn.Conv2d) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name] = (layer, torch.empty_like(args[0], device="meta"))
+
+        return look
+
+    handles = [layer.register_forward_pre_hook(hook(n, layer)) for n, layer in quantizable_layers(denoiser).items()]
+    try:
+        run(denoiser, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _layer_ms(layer: nn.Linear | nn.Conv2d, like: Tensor, schemes: tuple[str, ...]) -> dict[str, float]:
+    """'float' and every scheme -> milliseconds of one call of the layer."""
+    device = layer.weight.device
+    x = torch.randn(like.shape, device=device).to(like.dtype).as_strided(like.shape, like.stride())
+    observer = OBSERVERS["minmax"]()
+    observer.update(x)
+    versions: dict[str, nn.Module] = {"float": layer}
+    for scheme in schemes:
+        versions[scheme] = quantize_layer(layer, layer_state("timed layer", layer, parse_scheme(scheme), observer))
+    times: dict[str, list[float]] = {name: [] for name in versions}
+    with torch.no_grad():
+        for number in range(WARM_UP + TRIALS):
+            for name, version in versions.items():
+                start = time.perf_counter()
+                version(x)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if number >= WARM_UP:
+                    times[name].append(1000 * (time.perf_counter() - start))
+    return {name: median(values) for name, values in times.items()}
+
+
+def measured_speedup(denoiser: nn.Module, load: Callable[[], nn.Module], batch: Batch, rounds: int = 5) -> float:
+    """How many times faster a call of `denoiser` is than the float model's in its fastest dtype, in turn."""
+    times = seconds_per_step({"float": fastest_float(load(), batch), "quantized": denoiser}, batch, rounds)
+    return times.speedup("quantized", "float")
 
 
 def _timed(denoiser: nn.Module, batch: Batch) -> float:

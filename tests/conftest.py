@@ -20,11 +20,12 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from diffusers_ldmq import Plan, Profile, Recording, calibrate, profile_sqnr, quantize, record_calls
-from diffusers_ldmq.artifacts import Block, BlockCurve, LayerChoice, LayerInfo, LayerNoise, LayerTable
+from diffusers_ldmq.artifacts import BlockCurve, LayerChoice, LayerNoise
 from diffusers_ldmq.demo import demo_captions, demo_model
 from diffusers_ldmq.families import find_denoiser, layer_table
 from diffusers_ldmq.plugin import attach
 from diffusers_ldmq.specs import SCHEMES
+from diffusers_ldmq.tables import Block, LayerInfo, LayerTable
 
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where cores are shared
 diffusers_logging.disable_progress_bar()
@@ -185,7 +186,8 @@ def mixed_denoiser(recordings: Callable[[str], Recording]) -> Callable[[str], An
 class Toy:
     """One block of a hand-made profile: a single 100x100 Linear layer called '<name>.layer'.
 
-    nsr: noise-to-signal power at the output with all blocks up to this one quantized; the rest in dB at the layer.
+    nsr: noise-to-signal power at the output with all blocks up to this one quantized; own: of its own effect (default:
+    what it adds to nsr); the rest in dB at the layer.
     """
 
     name: str
@@ -197,25 +199,28 @@ class Toy:
     activation_db: float = 30.0
     static_db: float = 30.0
     dynamic_db: float = 30.0
+    own: float | None = None
+
+
+def _toy_noise(toy: Toy, added: float) -> LayerNoise:
+    """Relative noise in dB as given; at the output, what the block adds is split like the layer's own noise."""
+    local = {"w8a16": toy.weight_db, "a8": toy.activation_db, "w8a8": toy.static_db, "w8a8-dyn": toy.dynamic_db}
+    own = added if toy.own is None else toy.own
+    effects = {scheme: own * 10 ** ((toy.static_db - db) / 10) for scheme, db in local.items()}
+    return LayerNoise(
+        f"{toy.name}.layer",
+        (1.0,),
+        {scheme: (10 ** (-db / 10),) for scheme, db in local.items()},
+        {scheme: (effect,) for scheme, effect in effects.items()},
+    )
 
 
 def profile_of(toys: Sequence[Toy]) -> Profile:
     """The hand-made profile with those blocks."""
     layers = tuple(LayerInfo(f"{t.name}.layer", "Linear", (100, 100), False, t.macs, t.keep_float) for t in toys)
     blocks = tuple(Block(t.name, t.part, (f"{t.name}.layer",)) for t in toys)
-    noises = tuple(
-        LayerNoise(
-            f"{t.name}.layer",
-            (1.0,),
-            {
-                "w8a16": (10 ** (-t.weight_db / 10),),
-                "a8": (10 ** (-t.activation_db / 10),),
-                "w8a8": (10 ** (-t.static_db / 10),),
-                "w8a8-dyn": (10 ** (-t.dynamic_db / 10),),
-            },
-        )
-        for t in toys
-    )
+    before = [0.0, *(t.nsr for t in toys)]
+    noises = tuple(_toy_noise(t, max(t.nsr - earlier, 1e-9)) for t, earlier in zip(toys, before, strict=False))
     table = LayerTable("Toy", "0123456789abcdef", blocks, layers, 0)
     curve = BlockCurve("w8a8", (1.0,), tuple((t.nsr,) for t in toys), tuple((t.name,) for t in toys))
     return Profile(table, (999.0,), noises, curve, {}, schedule=(999.0,))

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, ImageColor
 
 from diffusers_ldmq import Profile, make_plan
-from diffusers_ldmq.artifacts import LayerTable, LayerTimes
 from diffusers_ldmq.drawing import SCHEME_COLOURS, Drawing, in_precision_order, scheme_colour
 from diffusers_ldmq.network_plots import amounts, byte_bars, plan_map, time_bars
 from diffusers_ldmq.planners import layer_bytes, plan_bytes
 from diffusers_ldmq.specs import SCHEMES
+from diffusers_ldmq.tables import LayerTable, LayerTimes
 
 
 def found_colours(drawing: Drawing) -> set[Any]:

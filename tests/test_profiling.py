@@ -19,7 +19,6 @@ from diffusers_ldmq.layers import quantize_layer
 from diffusers_ldmq.metrics import Power, sqnr_db, total
 from diffusers_ldmq.planners import low_precision
 from diffusers_ldmq.quantization import quantized_for_now
-from diffusers_ldmq.specs import SCHEMES
 
 Recordings = Callable[[str], Recording]
 Profiles = Callable[[str], Profile]
@@ -43,14 +42,14 @@ def inputs_and_outputs(denoiser: Any, recording: Recording, name: str) -> list[t
     return [(call.timestep, *pair) for call, pair in zip(calls, seen, strict=True)]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES[1:])
+@pytest.mark.parametrize("scheme", ProfileSettings().schemes)
 @pytest.mark.parametrize(("kind", "name"), [(k, n) for k, names in LAYERS.items() for n in names])
 def test_relative_noise_is_that_of_two_direct_forwards(
     kind: str, name: str, scheme: str, denoiser_of: DenoiserOf, recordings: Recordings, profiles: Profiles
 ) -> None:
     denoiser, recording = denoiser_of(kind), recordings(kind)
     plan = Plan("", layer_table(denoiser).fingerprint, "test", {name: LayerChoice(scheme, "")})
-    state = calibrate(denoiser, plan, recording, observer="mse").states[name]
+    state = calibrate(denoiser, plan, recording, observer="minmax-affine").states[name]
     quantized = quantize_layer(denoiser.get_submodule(name), state)
     quantized.use_backend("reference")
     powers: dict[float, Power] = {}
@@ -99,7 +98,7 @@ def test_the_end_of_the_block_curve_is_the_fully_quantized_model(
     plan = Plan(table.denoiser, table.fingerprint, "test", layers)
     select = recording.only("select")
     powers: dict[float, Power] = {}
-    with quantized_for_now(denoiser, calibrate(denoiser, plan, recording, observer="mse")):
+    with quantized_for_now(denoiser, calibrate(denoiser, plan, recording, observer="minmax-affine")):
         for call in select.calls:
             batch = select.batch(call)
             powers[call.timestep] = Power.between(batch.output, run(denoiser, batch))
@@ -116,12 +115,13 @@ def test_one_row_per_block_and_one_column_per_timestep(kind: str, profiles: Prof
     steps = len(recording.only("select").timesteps())
     assert profile.timesteps == recording.only("select").timesteps()
     assert len(profile.curve.signal) == steps
-    assert [len(row) for row in profile.curve.noise] == [steps] * len(profile.table.blocks)
-    assert len(profile.curve.nsr()) == len(profile.table.blocks)
+    assert [len(row) for row in profile.curve.noise] == [steps] * len(profile.curve.groups)
+    assert [name for group in profile.curve.groups for name in group] == [block.name for block in profile.table.blocks]
+    assert profile.schedule == recording.only("select").timesteps()
     assert [layer.name for layer in profile.layers] == [info.name for info in profile.table.layers]
     for layer in profile.layers:
-        assert set(layer.noise) == {*SCHEMES[1:], "a8"}
-        assert {len(row) for row in (layer.signal, *layer.noise.values())} == {steps}
+        assert set(layer.noise) == set(layer.own) == {*ProfileSettings().schemes, "a8"}
+        assert {len(row) for row in (layer.signal, *layer.noise.values(), *layer.own.values())} == {steps}
 
 
 def test_a_block_that_stays_float_adds_no_noise(profiles: Profiles) -> None:
@@ -196,7 +196,7 @@ def test_memory_does_not_grow_with_the_number_of_calls(denoiser_of: DenoiserOf, 
     seen: list[int] = []
 
     def look(done: int, whole: int) -> None:
-        if done <= 3:  # the float passes, one per timestep
+        if done <= 27:  # the probing passes, one per timestep
             seen.append(live_tensors())
 
     profile_sqnr(denoiser, recording, progress=look)
@@ -211,7 +211,8 @@ def test_progress_ends_when_all_is_done(denoiser_of: DenoiserOf, recordings: Rec
     told: list[tuple[int, int]] = []
     settings = ProfileSettings(timesteps=1, schemes=("w8a8",))
     profile_sqnr(denoiser_of("dit"), recordings("dit"), settings, progress=lambda *pair: told.append(pair))
-    assert [done for done, _ in told] == list(range(1, told[-1][1] + 1))
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1][0] == told[-1][1]
 
 
 @pytest.mark.parametrize("name", ["verify", "calibrate"])

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from diffusers_ldmq import LDMQError, Profile, Report, make_plan
-from diffusers_ldmq.artifacts import LayerChoice, LayerTimes
+from diffusers_ldmq.artifacts import LayerChoice
 from diffusers_ldmq.report import SHOWN_SIDE, ReportInputs, write_report
+from diffusers_ldmq.tables import LayerTimes
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'"
 
@@ -50,8 +51,9 @@ class Page(HTMLParser):
 def report_of(profile: Profile, noise: float = 1.0) -> Report:
     facts = {"selection": "first-step", "observer": "mse", "samples": 4, "forward_calls": 2, "sampler_calls": 2}
     schemes = make_plan(profile).counts()
+    backends = {"w8a8 on cpu": 9}
     return Report(
-        (900.0, 1.0), (1000.0,) * 2, (noise, 10 * noise), "float32", schemes, {"w8a8 on cpu": 9}, 0.8, 30, 100, facts
+        (900.0, 1.0), (1000.0,) * 2, (noise, 10 * noise), "float32", schemes, backends, 0.8, 30, 100, facts, (), 1.1
     )
 
 
@@ -64,20 +66,20 @@ def full_inputs(profile: Profile) -> ReportInputs:
     row = {"float": 2.0, "w8a8": 1.0, "w8a8-dyn": 1.25, "w8a16": 1.5}
     red, dark = (Image.new("RGB", (64, 48), colour) for colour in ((255, 0, 0), (250, 0, 0)))
     first = profile.table.layers[0].name
+    trials = (
+        Trial(first, "smooth", (31.0, 34.5), (30.0, 30.5), True, "raises both"),
+        Trial(first, "bias", (31.0, 30.5), None, False, "no gain at the layer"),
+    )
     return ReportInputs(
         model="some/model",
         table=profile.table,
         plan=replace(plan, target="sqnr>=20dB", reasons={**plan.reasons, "predicted_curve_db": {"900": 31.5}}),
-        report=report_of(profile),
+        report=replace(report_of(profile), corrections=trials),
         profile=replace(profile, layers=tuple(replace(n, own={s: (1e-3,) for s in n.noise}) for n in profile.layers)),
-        times=LayerTimes("cpu", "bfloat16", 2, 1000.0, {i.name: row for i in profile.table.layers}),
+        times=LayerTimes("cpu", "bfloat16", 2, 1000.0, {i.name: row for i in profile.table.layers}, 1000.0, "bfloat16"),
         others={"every layer W8A8": report_of(profile, 30.0)},
         pictures={"float": [red, red], "quantized": [red, dark]},
         captions=("red apple", "rocket"),
-        corrections=(
-            Trial(first, "smooth", (31.0, 34.5), (30.0, 30.5), True, "raises both"),
-            Trial(first, "bias", (31.0, 30.5), None, False, "no gain at the layer"),
-        ),
     )
 
 
@@ -165,7 +167,7 @@ def test_foreign_text_stays_text(profiles: Callable[[str], Profile], tmp_path: P
         plan=plan,
         captions=(HOSTILE, "rocket"),
         others={HOSTILE: inputs.report},
-        corrections=(trial,),
+        report=replace(inputs.report, corrections=(trial,)),
     )
     page = written(tmp_path, inputs)
     assert len(page.of("script")) == 1
@@ -180,8 +182,8 @@ def test_infinite_and_missing_decibels_are_words(profiles: Callable[[str], Profi
     plan = replace(
         inputs.plan, predicted_sqnr_db=math.inf, reasons={"a": math.inf, "b": math.nan, "c": "inf", "d": None}
     )
-    trials = (replace(inputs.corrections[0], layer_db=(math.nan, math.inf), output_db=(math.inf, math.nan)),)
-    page = written(tmp_path, replace(inputs, report=exact, plan=plan, corrections=trials))
+    trial = replace(exact.corrections[0], layer_db=(math.nan, math.inf), output_db=(math.inf, math.nan))
+    page = written(tmp_path, replace(inputs, report=replace(exact, corrections=(trial,)), plan=plan))
     assert "not measured → exact" in page.text
     visible = re.sub(r'"use strict".*', "", page.text, flags=re.DOTALL)
     assert not re.findall(r"(?<![a-z])-?(?:inf|nan)(?![a-z])", visible, flags=re.IGNORECASE)
@@ -193,6 +195,8 @@ def test_infinite_and_missing_decibels_are_words(profiles: Callable[[str], Profi
         ("sqnr>=30dB", "missed by 7.4 dB"),
         ("size<=1KB", "holds: 0.0 MB were allowed"),
         ("size<=0.000001x", "missed: 0.0 MB were allowed"),
+        ("speed>=1.2x", "missed: 1.10x the fastest float"),
+        ("int8>=10%, sqnr>=30dB", "missed by 7.4 dB; holds: 80.0 % integer work"),
         ("fast please", "cannot be checked"),
     ],
 )

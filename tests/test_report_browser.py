@@ -16,8 +16,8 @@ from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import sync_playwright
 
 from diffusers_ldmq import Profile, Report, make_plan
-from diffusers_ldmq.artifacts import LayerTimes
 from diffusers_ldmq.report import ReportInputs, write_report
+from diffusers_ldmq.tables import LayerTimes
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..artifacts import Block, LayerInfo, LayerTable
 from ..errors import RecordingError
 from ..registry import Registry
+from ..tables import Block, LayerInfo, LayerTable
 from . import transformer, unet
 from .contract import Family
 

@@ -5,9 +5,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..artifacts import LayerInfo, LayerTable, Plan, Profile
+from ..artifacts import Plan, Profile
 from ..errors import PlanError
 from ..specs import parse_scheme
+from ..tables import LayerInfo, LayerTable, LayerTimes
 
 STORAGE_BYTES = 2
 """Floating tensors are stored in 16 bits."""
@@ -15,46 +16,93 @@ STORAGE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A demand on the quantized denoiser. text: as the user wrote it.
+    """A demand on the quantized denoiser, or several. text: as the user wrote it.
 
-    min_sqnr_db: at its output; max_bytes: of its stored weights; max_ratio: of them to the fp32 weights.
+    min_sqnr_db: at its output; max_bytes: of its stored weights; max_ratio: of them to the fp32 weights; min_speedup:
+    of a call over the float model's in its fastest dtype; min_integer_share: 0..1 of the multiply-accumulates.
     """
 
     text: str
     min_sqnr_db: float | None = None
     max_bytes: int | None = None
     max_ratio: float | None = None
+    min_speedup: float | None = None
+    min_integer_share: float | None = None
 
     def byte_limit(self, table: LayerTable) -> int | None:
-        """The size demand in bytes for this model; None if the target is none."""
+        """The size demand in bytes for this model; None if there is none."""
         if self.max_ratio is not None:
             return int(self.max_ratio * fp32_bytes(table))
         return self.max_bytes
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SQNR = re.compile(r"sqnr\s*>=\s*(-?\d+(?:\.\d+)?)\s*(?:db)?", re.IGNORECASE)
-_SIZE = re.compile(r"size\s*<=\s*(\d+(?:\.\d+)?)\s*(x|[kmg]i?b)", re.IGNORECASE)
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_DEMANDS = {
+    "sqnr": re.compile(r"sqnr\s*>=\s*(-?\d+(?:\.\d+)?)\s*(?:db)?", re.IGNORECASE),
+    "size": re.compile(rf"size\s*<=\s*{_NUMBER}\s*(x|[kmg]i?b)", re.IGNORECASE),
+    "speed": re.compile(rf"speed\s*>=\s*{_NUMBER}\s*x", re.IGNORECASE),
+    "int8": re.compile(rf"int8\s*>=\s*{_NUMBER}\s*%", re.IGNORECASE),
+}
+_EXAMPLES = "'sqnr>=25dB', 'size<=0.3x' (of fp32), 'size<=900MB', 'speed>=1.5x' (of the fastest float) or 'int8>=80%'"
 
 
 def parse_target(text: str) -> Target:
-    """Target of 'sqnr>=25dB', 'size<=0.3x' (of the fp32 weights) or 'size<=900MB'. Raises PlanError for others."""
-    if match := _SQNR.fullmatch(text.strip()):
-        return Target(text, min_sqnr_db=float(match[1]))
-    if (match := _SIZE.fullmatch(text.strip())) and float(match[1]) > 0:
-        value, unit = float(match[1]), match[2].upper()
-        return Target(text, max_ratio=value) if unit == "X" else Target(text, max_bytes=int(value * _UNITS[unit]))
-    raise PlanError(f"cannot read the target {text!r}; write 'sqnr>=25dB', 'size<=0.3x' (of fp32) or 'size<=900MB'")
+    """Target of 'sqnr>=25dB', 'size<=0.3x' (of the fp32 weights), 'size<=900MB', 'speed>=1.5x' or 'int8>=80%' (of the
+    multiply-accumulates), or of several with commas between. Raises PlanError for others."""
+    found: dict[str, float | int] = {}
+    for part in text.split(","):
+        demand = _demand(part.strip())
+        if demand is None or demand.keys() & found.keys() or {"max_ratio", "max_bytes"} <= demand.keys() | found.keys():
+            raise PlanError(f"cannot read the target {text!r}; write {_EXAMPLES}, each at most once, commas between")
+        found |= demand
+    return Target(text, **found)  # pyright: ignore[reportArgumentType]
+
+
+def _demand(part: str) -> dict[str, float | int] | None:
+    """The Target field of one demand; None if it cannot be read."""
+    matches = {name: match for name, pattern in _DEMANDS.items() if (match := pattern.fullmatch(part))}
+    if not matches:
+        return None
+    ((name, match),) = matches.items()
+    value = float(match[1])
+    if name == "sqnr":
+        return {"min_sqnr_db": value}
+    if name == "int8":
+        return {"min_integer_share": value / 100} if value <= 100 else None
+    if value <= 0:
+        return None
+    if name == "speed":
+        return {"min_speedup": value}
+    unit = match[2].upper()
+    return {"max_ratio": value} if unit == "X" else {"max_bytes": int(value * _UNITS[unit])}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """What is asked of a planner. scheme: the low-precision one; keep_float: layers that stay in floating point
-    (None = the family's defaults); target: None = the planner's own rule."""
+    (None = the planner's defaults); target: None = the planner's own rule; times: needed where it asks for speed."""
 
     scheme: str = "w8a8"
     keep_float: frozenset[str] | None = None
     target: Target | None = None
+    times: LayerTimes | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The target as the user wrote it."""
+        return self.target.text if self.target else None
+
+    def limit_ms(self) -> float | None:
+        """Milliseconds that a call may take; None without a demand on speed. Raises PlanError without times."""
+        if self.target is None or self.target.min_speedup is None:
+            return None
+        if self.times is None:
+            raise PlanError(
+                f"target {self.target.text!r} asks for speed, which needs times measured on this device; "
+                "`ldmq quantize` and QuantizedLDMPipeline measure them, a plan from a profile alone cannot"
+            )
+        return self.times.fastest_ms / self.target.min_speedup
 
     def kept(self, table: LayerTable) -> frozenset[str]:
         """Names of the layers that stay float. Raises PlanError for a name the model lacks."""

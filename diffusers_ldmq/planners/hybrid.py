@@ -6,40 +6,75 @@ when delta_n_k exceeds 4x the median. Beyond the paper, a layer whose static ran
 steps badly takes its range from each call (w8a8-dyn), which is still integer x integer.
 """
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from ..artifacts import LayerChoice, LayerNoise, LayerTable, Plan, Profile
+from ..artifacts import LayerChoice, Plan, Profile
 from ..errors import PlanError
-from ..metrics import sqnr_db
 from ..specs import parse_scheme
+from ..tables import LayerTable
 from .contract import Request, fp32_bytes, integer_share, plan_bytes
+from .low_precision import low_precision
+from .prediction import Prediction, predict
 
 SENSITIVE = 4.0
 """A block is sensitive when its added noise exceeds this many times the median."""
 MIN_INTEGER_SHARE = 0.75
 """Without a target the suffix stops growing where less than this share of the work would stay integer x integer."""
-DYNAMIC_GAIN_DB = 3.0
-"""A layer takes its range from each call where that raises its relative SQNR by this much."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """The block curve, read. delta_n: [K]; sensitive: block indices; predicted: [K + 1], entry c in dB at the output
-    with blocks 0..c-1 in low precision and the rest float."""
+    """The block curve, read. delta_n: [G]; sensitive: group indices; starts: [G] index of each group's first block."""
 
     delta_n: tuple[float, ...]
     threshold: float
     sensitive: tuple[int, ...]
-    predicted: tuple[float, ...]
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hybrid:
+    """One profile and one request. cut: index of the first block in higher precision; whole: index of the first block
+    that is left in floating point altogether (the number of blocks = none)."""
+
+    table: LayerTable
+    profile: Profile
+    request: Request
+    prediction: Prediction
+
+    def choices(self, cut: int, whole: int) -> dict[str, LayerChoice]:
+        kept = self.request.kept(self.table)
+        found: dict[str, LayerChoice] = {}
+        for index, block in enumerate(self.table.blocks):
+            for name in block.layers:
+                if name in kept:
+                    why = "kept float by request" if self.request.keep_float else "family default"
+                    found[name] = LayerChoice("float", why)
+                elif index >= whole:
+                    found[name] = LayerChoice("float", "in the suffix; nothing less reaches the target")
+                elif index >= cut:
+                    found[name] = higher_precision(self.profile, name, self.request.scheme)
+                else:
+                    found[name] = low_precision(self.profile.noise_of(name), self.request.scheme)
+        return {info.name: found[info.name] for info in self.table.layers}
+
+    def schemes(self, cut: int, whole: int) -> dict[str, str]:
+        return {name: c.scheme for name, c in self.choices(cut, whole).items() if c.scheme != "float"}
+
+    def cuts(self) -> Iterator[tuple[int, int]]:
+        """(cut, whole) from the lowest precision to the highest that quantizes anything."""
+        count = len(self.table.blocks)
+        yield from ((cut, count) for cut in range(count, -1, -1))
+        yield from ((0, whole) for whole in range(count - 1, 0, -1) if self.schemes(0, whole))
 
 
 def hybrid(table: LayerTable, profile: Profile | None, request: Request) -> Plan:
     """Without a target, the blocks from the first sensitive decoder block on run in higher precision, at least 75 %
-    of the work staying integer; with a size target, as much of that suffix as fits; with an SQNR target, the
-    shortest suffix that meets it.
+    of the work staying integer; with demands on size, speed or integer work, as much of that suffix as fits; with an
+    SQNR target, the shortest suffix that is predicted to meet it.
 
     Raises PlanError without a profile, or if no suffix meets the target.
     """
@@ -53,18 +88,22 @@ def hybrid(table: LayerTable, profile: Profile | None, request: Request) -> Plan
     kept = request.kept(table)
     _refuse_unmeasured(profile, kept)
     curve = read_curve(profile, kept)
-    cut = _cut(table, profile, curve, request)
-    layers = _choices(table, profile, request, cut)
+    state = _Hybrid(table, profile, request, predict(profile))
+    cut, whole = _cut(state, curve)
+    layers = state.choices(cut, whole)
     raised = sum(1 for name, c in layers.items() if c.scheme == "float" and name not in kept)
+    schemes = state.schemes(cut, whole)
     return Plan(
         denoiser=table.denoiser,
         fingerprint=table.fingerprint,
         planner="hybrid",
         layers=layers,
-        target=request.target.text if request.target else None,
-        reasons=_reasons(table, curve, cut, raised),
-        # with no block left in low precision the curve says nothing: the noise of w8a16 weights is not in it
-        predicted_sqnr_db=curve.predicted[cut] if math.isfinite(curve.predicted[cut]) else None,
+        target=request.text,
+        reasons={
+            **_reasons(table, profile, curve, cut, raised),
+            "predicted_curve_db": state.prediction.curve_db(schemes),
+        },
+        predicted_sqnr_db=state.prediction.sqnr_db(schemes),
     )
 
 
@@ -81,70 +120,74 @@ def _refuse_unmeasured(profile: Profile, kept: frozenset[str]) -> None:
 
 
 def read_curve(profile: Profile, kept: frozenset[str]) -> _Curve:
-    """delta_n, threshold and sensitive blocks of a profile; negative delta_n (errors cancel) count as 0."""
-    blocks, nsr = profile.table.blocks, profile.curve.nsr()
+    """delta_n, threshold and sensitive groups of a profile; negative delta_n (errors cancel) count as 0.
+
+    Raises PlanError for a curve whose groups are not the model's blocks in order.
+    """
+    blocks = {block.name: block for block in profile.table.blocks}
+    groups, nsr = profile.curve.groups, profile.curve.nsr()
+    if [name for group in groups for name in group] != list(blocks) or len(nsr) != len(groups):
+        raise PlanError("the profile's block curve does not cover the model's blocks in order; profile again")
     delta = [after - before for before, after in zip([0.0, *nsr], nsr, strict=False)]
-    counted = [max(d, 0.0) for d, block in zip(delta, blocks, strict=True) if set(block.layers) - kept]
+    holds = [any(set(blocks[name].layers) - kept for name in group) for group in groups]
+    counted = [max(d, 0.0) for d, quantized in zip(delta, holds, strict=True) if quantized]
     threshold = SENSITIVE * median(counted) if counted else 0.0
-    sensitive = tuple(k for k, d in enumerate(delta) if d > threshold)
-    predicted = tuple(sqnr_db(1.0, n) for n in (0.0, *nsr))
-    return _Curve(tuple(delta), threshold, sensitive, predicted)
+    starts = [sum(map(len, groups[:index])) for index in range(len(groups))]
+    return _Curve(tuple(delta), threshold, tuple(k for k, d in enumerate(delta) if d > threshold), tuple(starts))
 
 
-def _cut(table: LayerTable, profile: Profile, curve: _Curve, request: Request) -> int:
-    """Index of the first block of the suffix; number of blocks = no suffix."""
-    blocks, target = table.blocks, request.target
-    every = range(len(blocks), -1, -1)
+def _cut(state: _Hybrid, curve: _Curve) -> tuple[int, int]:
+    """(cut, whole) that the request asks for."""
+    blocks, target, count = state.table.blocks, state.request.target, len(state.table.blocks)
+    share = lambda cut: integer_share(state.table, state.schemes(cut, count))  # noqa: E731
     if target is None:
-        starts = [k for k in curve.sensitive if blocks[k].part == "decoder"]
-        first = starts[0] if starts else len(blocks)
-        if not parse_scheme(request.scheme).is_integer:
-            return first
-        share = lambda cut: integer_share(table, _schemes(table, profile, request, cut))  # noqa: E731
-        return next((k for k in range(first, len(blocks)) if share(k) >= MIN_INTEGER_SHARE), len(blocks))
-    if target.min_sqnr_db is not None:
-        return next(cut for cut in every if curve.predicted[cut] >= target.min_sqnr_db)
-    limit = target.byte_limit(table)
-    assert limit is not None
-    fitting = [cut for cut in every if plan_bytes(table, _schemes(table, profile, request, cut)) <= limit]
+        decoder = [curve.starts[k] for k in curve.sensitive if blocks[curve.starts[k]].part == "decoder"]
+        first = decoder[0] if decoder else count
+        if not parse_scheme(state.request.scheme).is_integer:
+            return first, count
+        return next((k for k in range(first, count) if share(k) >= MIN_INTEGER_SHARE), count), count
+    fitting = [cut for cut in state.cuts() if _fits(state, *cut)]
     if not fitting:
-        least = plan_bytes(table, _schemes(table, profile, request, len(blocks)))
-        raise PlanError(
-            f"target {target.text!r} cannot be met: the smallest {request.scheme} plan takes {least / 1e6:.1f} MB "
-            f"({least / fp32_bytes(table):.3f}x of fp32); choose a smaller scheme such as --scheme w4a8, "
-            f"--keep-float none, or a larger target"
-        )
-    default = _cut(table, profile, curve, Request(request.scheme, request.keep_float))
-    return min(fitting, key=lambda cut: (abs(cut - default), -cut))
+        raise PlanError(_out_of_reach(state))
+    if target.min_sqnr_db is None:
+        suffixes = [cut for cut, whole in fitting if whole == count]
+        integer = [cut for cut in suffixes if share(cut) >= MIN_INTEGER_SHARE]
+        return min(integer or suffixes or [count]), count
+    reached = [(cut, state.prediction.sqnr_db(state.schemes(*cut)) or 0.0) for cut in fitting]
+    for cut, db in reached:
+        if db >= target.min_sqnr_db:
+            return cut
+    best = max(db for _, db in reached)
+    raise PlanError(
+        f"target {target.text!r} cannot be met: the best {state.request.scheme} plan that still quantizes anything is "
+        f"predicted to reach {best:.1f} dB, {target.min_sqnr_db - best:.1f} dB short; lower the target"
+    )
 
 
-def _schemes(table: LayerTable, profile: Profile, request: Request, cut: int) -> dict[str, str]:
-    return {name: choice.scheme for name, choice in _choices(table, profile, request, cut).items()}
+def _fits(state: _Hybrid, cut: int, whole: int) -> bool:
+    """Whether a plan keeps the demands on size, speed and integer work."""
+    target, schemes = state.request.target, state.schemes(cut, whole)
+    assert target is not None
+    size, limit = target.byte_limit(state.table), state.request.limit_ms()
+    if size is not None and plan_bytes(state.table, schemes) > size:
+        return False
+    if target.min_integer_share is not None and integer_share(state.table, schemes) < target.min_integer_share:
+        return False
+    return limit is None or state.request.times is None or state.request.times.predicted_ms(schemes) <= limit
 
 
-def _choices(table: LayerTable, profile: Profile, request: Request, cut: int) -> dict[str, LayerChoice]:
-    kept = request.kept(table)
-    found: dict[str, LayerChoice] = {}
-    for index, block in enumerate(table.blocks):
-        for name in block.layers:
-            if name in kept:
-                found[name] = LayerChoice("float", "kept float by request" if request.keep_float else "family default")
-            elif index >= cut:
-                found[name] = higher_precision(profile, name, request.scheme)
-            else:
-                found[name] = low_precision(profile.noise_of(name), request.scheme)
-    return {info.name: found[info.name] for info in table.layers}
-
-
-def low_precision(noise: LayerNoise, scheme: str) -> LayerChoice:
-    """`scheme`, or its dynamic twin where the calibrated static range loses DYNAMIC_GAIN_DB or more."""
-    dynamic = f"{scheme}-dyn"
-    if parse_scheme(scheme).is_static and {scheme, dynamic} <= set(noise.noise):
-        static_db, dynamic_db = noise.power(scheme).sqnr_db, noise.power(dynamic).sqnr_db
-        if dynamic_db >= static_db + DYNAMIC_GAIN_DB:
-            why = f"static range fits later steps badly: {static_db:.1f} dB, {dynamic_db:.1f} dB with dynamic ranges"
-            return LayerChoice(dynamic, why)
-    return LayerChoice(scheme, "before the cut-off")
+def _out_of_reach(state: _Hybrid) -> str:
+    count, request = len(state.table.blocks), state.request
+    schemes = state.schemes(count, count)
+    least = plan_bytes(state.table, schemes)
+    told = [f"{least / 1e6:.1f} MB ({least / fp32_bytes(state.table):.3f}x of fp32)"]
+    told.append(f"{100 * integer_share(state.table, schemes):.0f} % integer work")
+    if request.times is not None:
+        told.append(f"{request.times.fastest_ms / request.times.predicted_ms(schemes):.2f}x the fastest float's speed")
+    return (
+        f"target {request.text!r} cannot be met: the smallest {request.scheme} plan has {', '.join(told)}; choose a "
+        f"smaller scheme such as --scheme w4a8, --keep-float none or a larger target"
+    )
 
 
 def higher_precision(profile: Profile, name: str, scheme: str) -> LayerChoice:
@@ -160,12 +203,12 @@ def higher_precision(profile: Profile, name: str, scheme: str) -> LayerChoice:
     return LayerChoice("float", f"in the suffix; weight noise dominates ({told})")
 
 
-def _reasons(table: LayerTable, curve: _Curve, cut: int, raised: int) -> dict[str, Any]:
-    names = [block.name for block in table.blocks]
+def _reasons(table: LayerTable, profile: Profile, curve: _Curve, cut: int, raised: int) -> dict[str, Any]:
+    names = [" + ".join(group) for group in profile.curve.groups]
     return {
         "delta_n": dict(zip(names, curve.delta_n, strict=True)),
         "threshold": curve.threshold,
-        "sensitive_blocks": [names[k] for k in curve.sensitive],
-        "cut_off": names[cut] if cut < len(names) else None,
+        "sensitive_blocks": [name for k in curve.sensitive for name in profile.curve.groups[k]],
+        "cut_off": table.blocks[cut].name if cut < len(table.blocks) else None,
         "suffix_layers_in_float": raised,
     }

@@ -1,7 +1,8 @@
 """Every Linear and Conv2d in one scheme: the papers' baseline. Needs no profile."""
 
-from ..artifacts import LayerChoice, LayerTable, Plan, Profile
+from ..artifacts import LayerChoice, Plan, Profile
 from ..errors import PlanError
+from ..tables import LayerTable
 from .contract import Request, fp32_bytes, plan_bytes
 
 

@@ -1,0 +1,276 @@
+"""Plan, calibrate, correct, quantize and verify until the target holds, or say by how much it cannot."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .allocator import give_back
+from .artifacts import Calibration, Plan, Profile, Report, Trial
+from .calibration import calibrate
+from .calls import Recording
+from .correction import DEFAULT, correct
+from .corrections import CORRECTIONS
+from .errors import PlanError
+from .planners import Target, plan_bytes, predict
+from .planning import make_plan, meets_size, raise_plan
+from .progress import StageProgress as Progress
+from .quantization import quantize, quantized_for_now
+from .specs import parse_scheme
+from .tables import LayerTable, LayerTimes
+from .timing import measured_speedup
+from .verification import verify
+
+logger = logging.getLogger(__name__)
+
+MARGIN_DB = 0.25
+"""What a plan must spare beyond the gap between the sets once it has missed its target."""
+MARGIN_SPEED = 1.02
+"""How much more than what it missed by a plan must be faster."""
+MOST_ROUNDS = 4
+"""How often a plan is made again for speed before the target is given up."""
+CORRECTED_LAYERS = 8
+"""How many layers, those that cause most noise at the output, are corrected where corrections are asked for."""
+
+Load = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to do. keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
+    corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
+    dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image."""
+
+    planner: str = "hybrid"
+    scheme: str = "w8a8"
+    calibration: str = "first-step"
+    observer: str = "minmax-affine"
+    keep_float: str = "default"
+    corrections: str = "none"
+    target: str | None = None
+    plan: Plan | None = None
+    dtype: torch.dtype | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Everything the job measured and decided. profile: None where none was needed; times: None without a target on
+    speed."""
+
+    recording: Recording
+    profile: Profile | None
+    plan: Plan
+    report: Report
+    times: LayerTimes | None = None
+
+
+def corrections_of(text: str) -> tuple[str, ...]:
+    """Names of the corrections that 'none', 'auto' or a list with commas asks for. Raises LDMQError for others."""
+    if text in ("none", "auto"):
+        return () if text == "none" else DEFAULT
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        CORRECTIONS[name]
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What stays the same while plans are tried. profile, times: None where nothing needs them."""
+
+    recording: Recording
+    table: LayerTable
+    profile: Profile | None
+    times: LayerTimes | None
+    settings: Settings
+    target: Target | None
+    told: Progress
+
+    def until_met(self, denoiser: nn.Module, load: Load | None) -> tuple[Outcome, nn.Module]:
+        """The outcome that keeps the target, and the quantized denoiser. load: gives the float denoiser anew.
+
+        Raises PlanError, saying by how much, if the target is missed for good.
+        """
+        plan, margin, rounds = self.first_plan(), 0.0, 0
+        while True:
+            plan = self.raised_on_select(denoiser, plan, margin)
+            outcome = self.run(denoiser, plan)
+            speedup = self.speedup(denoiser, load)
+            outcome = replace(outcome, report=replace(outcome.report, speedup=speedup))
+            short, slow = _short(self.target, outcome.report), self._slow(speedup)
+            if short <= 0 and slow <= 1:
+                return outcome, denoiser
+            if short > 0:
+                gap = plan.reasons.get("measured_on_select_db", outcome.report.sqnr_db) - outcome.report.sqnr_db
+                margin = max(gap, 0.0) + MARGIN_DB
+                following = self.higher(plan, short + MARGIN_DB)
+            else:
+                rounds += 1
+                following = self.faster(plan, slow) if rounds <= MOST_ROUNDS else None
+            if load is None or following is None:
+                raise PlanError(self._missed(outcome.report, short))
+            plan, denoiser = following, load()
+
+    def first_plan(self) -> Plan:
+        """The plan given, or the planner's."""
+        plan = self.settings.plan
+        if plan is None:
+            return self.planned(self.target)
+        if self.target is not None and not meets_size(plan, self.table, self.target):
+            size = plan_bytes(self.table, plan.quantized())
+            raise PlanError(
+                f"target {self.target.text!r} is missed by the plan given, which takes {size / 1e6:.1f} MB; plan again"
+            )
+        return plan
+
+    def planned(self, target: Target | None) -> Plan:
+        """The planner's plan for a demand."""
+        chosen = self.settings
+        return make_plan(
+            self.profile or self.table,
+            target,
+            planner=chosen.planner,
+            scheme=chosen.scheme,
+            keep_float=chosen.keep_float,
+            times=self.times,
+        )
+
+    def higher(self, plan: Plan, more_db: float) -> Plan | None:
+        """A plan that is better by so many dB: the budget planner's for a higher demand, or one more block in higher
+        precision. None if there is none."""
+        if self.profile is None:
+            return None
+        if self.settings.plan is not None or self.settings.planner != "budget":
+            return raise_plan(plan, self.profile)
+        assert self.target is not None
+        now = self._demand(plan)
+        return self._for_demand(replace(now, min_sqnr_db=(now.min_sqnr_db or 0.0) + more_db))
+
+    def faster(self, plan: Plan, factor: float) -> Plan | None:
+        """The planner's plan for a speed that is higher by a factor; None if there is none."""
+        if self.settings.plan is not None or self.settings.planner == "uniform":
+            return None
+        now = self._demand(plan)
+        return self._for_demand(replace(now, min_speedup=(now.min_speedup or 1.0) * factor * MARGIN_SPEED))
+
+    def _demand(self, plan: Plan) -> Target:
+        """What the planner was asked for when it made `plan`: at first the target, later more than that."""
+        assert self.target is not None
+        return replace(self.target, **plan.reasons.get("demanded", {}))
+
+    def _for_demand(self, demand: Target) -> Plan | None:
+        try:
+            plan = self.planned(demand)
+        except PlanError:
+            return None
+        asked = {"min_sqnr_db": demand.min_sqnr_db, "min_speedup": demand.min_speedup}
+        return replace(plan, reasons={**plan.reasons, "demanded": asked})
+
+    def raised_on_select(self, denoiser: nn.Module, plan: Plan, margin: float = 0.0) -> Plan:
+        """The plan, raised until an SQNR target holds on the 'select' set with a margin in dB to spare: other calls
+        and the compute dtype may cost that much. Raises PlanError if the target itself cannot be met."""
+        if self.target is None or self.target.min_sqnr_db is None:
+            return plan
+        while True:
+            with quantized_for_now(denoiser, self.calibrated(denoiser, plan)):
+                report = verify(denoiser, self.recording, on="select", progress=self.stage("check target"))
+            short = _short(self.target, report)
+            raised = self.higher(plan, max(short + margin, 0.0) + MARGIN_DB)
+            if short + margin <= 0 or (raised is None and short <= 0):
+                reasons = {**plan.reasons, "measured_on_select_db": report.sqnr_db}
+                return replace(plan, reasons=reasons, target=self.target.text)
+            if raised is None:
+                raise PlanError(
+                    f"target {self.target.text!r} cannot be met: the best plan reaches {report.sqnr_db:.1f} dB, "
+                    f"{short:.1f} dB short; lower the target"
+                )
+            told = "%.1f dB on select calls, %.1f dB short of %s: planning higher"
+            logger.info(told, report.sqnr_db, short + margin, self.target.text)
+            plan = raised
+
+    def calibrated(self, denoiser: nn.Module, plan: Plan) -> Calibration:
+        """States of the layers under a plan."""
+        chosen = self.settings
+        return calibrate(
+            denoiser,
+            plan,
+            self.recording,
+            selection=chosen.calibration,
+            observer=chosen.observer,
+            progress=self.stage("calibrate"),
+        )
+
+    def run(self, denoiser: nn.Module, plan: Plan) -> Outcome:
+        """Calibrate, correct, quantize in place and verify."""
+        give_back()
+        facts, trials = self._quantized(denoiser, plan)
+        give_back()
+        report = verify(denoiser, self.recording, progress=self.stage("verify"))
+        report = replace(report, calibration=facts, corrections=trials)
+        return Outcome(self.recording, self.profile, plan, report, self.times)
+
+    def _quantized(self, denoiser: nn.Module, plan: Plan) -> tuple[dict[str, Any], tuple[Trial, ...]]:
+        """Facts of the calibration, and the corrections tried. The plain codes end here: only the packed ones live."""
+        calibration, trials = self._corrected(denoiser, self.calibrated(denoiser, plan))
+        quantize(denoiser, calibration, dtype=self.settings.dtype, progress=self.stage("quantize"))
+        facts = {
+            "selection": calibration.selection,
+            "observer": calibration.observer,
+            "samples": calibration.samples,
+            "forward_calls": calibration.forward_calls,
+            "sampler_calls": calibration.sampler_calls,
+        }
+        return facts, trials
+
+    def _corrected(self, denoiser: nn.Module, calibration: Calibration) -> tuple[Calibration, tuple[Trial, ...]]:
+        names = corrections_of(self.settings.corrections)
+        if not names or self.profile is None:
+            return calibration, ()
+        effects, schemes = predict(self.profile).total, calibration.plan.quantized()
+        ranked = sorted(schemes, key=lambda name: -effects[name].get(schemes[name], 0.0))
+        worst = [name for name in ranked if parse_scheme(schemes[name]).is_integer][:CORRECTED_LAYERS]
+        told = self.stage("correct")
+        return correct(denoiser, calibration, self.recording, layers=worst, corrections=names, progress=told)
+
+    def speedup(self, denoiser: nn.Module, load: Load | None) -> float | None:
+        """Measured over the float model in its fastest dtype; None where no target asks for it."""
+        if self.target is None or self.target.min_speedup is None or load is None:
+            return None
+        self.told("check speed", 0, 1)
+        batch = self.recording.batch(self.recording.only("verify").calls[0])
+        found = measured_speedup(denoiser, load, batch)
+        self.told("check speed", 1, 1)
+        return found
+
+    def _slow(self, speedup: float | None) -> float:
+        """By what factor a demand on speed is missed; at most 1 where it holds or there is none."""
+        asked = self.target.min_speedup if self.target else None
+        return 0.0 if asked is None or speedup is None else asked / speedup
+
+    def _missed(self, report: Report, short: float) -> str:
+        """The message for a target that is given up."""
+        assert self.target is not None
+        if short > 0:
+            return (
+                f"target {self.target.text!r} is missed by {short:.1f} dB on held-out calls "
+                f"({report.sqnr_db:.1f} dB measured); lower the target or choose another --scheme or --dtype"
+            )
+        told = f"target {self.target.text!r} is missed: {report.speedup or 0.0:.2f}x measured"
+        if self.times is not None:
+            gains = [min(ms.values()) - ms["float"] for ms in self.times.layers.values()]
+            best = self.times.fastest_ms / max(self.times.step_ms + sum(gains), 1e-9)
+            told += f"; with every layer in its fastest scheme {best:.2f}x is predicted"
+        return f"{told}. Lower the target, or choose another --dtype, --scheme or --keep-float none"
+
+    def stage(self, name: str) -> Callable[[int, int], None]:
+        """The progress of one stage."""
+        return lambda done, whole: self.told(name, done, whole)
+
+
+def _short(target: Target | None, report: Report) -> float:
+    """By how many dB an SQNR target is missed; 0 or less where it holds or there is none."""
+    return 0.0 if target is None or target.min_sqnr_db is None else target.min_sqnr_db - report.sqnr_db

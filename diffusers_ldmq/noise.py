@@ -1,0 +1,238 @@
+"""How much noise every layer makes under every scheme: at its own output, and by itself at the denoiser's.
+
+The second, a layer's own effect, would take one run of the denoiser per layer and scheme. Random probes give it in one
+backward pass: to first order an error e at a layer's output becomes J e at the denoiser's, and for u of independent
+random signs E[(u . J e)^2] = |J e|^2 (Hutchinson 1990). As u . J e = (J^T u) . e, the backward pass that starts from u
+brings J^T u to all layers at once, and each forms its error under every scheme there and then. Every row of a batch is
+an independent sample, so that the relative standard error is sqrt(2 / rows).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .affine import QParams, qdq, token_qparams, weight_rows
+from .artifacts import LayerNoise
+from .calibration import weight_scales
+from .calls import Batch, forward
+from .errors import PlanError
+from .metrics import energy
+from .observers import Observer
+from .specs import QuantSpec, Scheme, parse_scheme
+
+ACTIVATION_ONLY = "a8"
+"""Key of the noise of an 8-bit static input against a float weight."""
+
+
+@dataclass(slots=True)
+class NoiseProbes:
+    """Measures batch after batch; running powers are kept, never activations.
+
+    ranges: layer -> observer of its calibrating inputs; shared: groups of layers that were seen to read one tensor.
+    """
+
+    layers: dict[str, nn.Linear | nn.Conv2d]
+    ranges: dict[str, Observer]
+    schemes: tuple[str, ...]
+    signal: dict[tuple[str, float], float] = field(default_factory=dict)
+    noise: dict[tuple[str, str, float], float] = field(default_factory=dict)
+    own: dict[tuple[str, str, float], float] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    qparams: dict[tuple[str, str, QuantSpec], QParams] = field(default_factory=dict)
+
+    def measure(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator, probes: int = 1) -> None:
+        """Add one batch's powers; own effects as the mean over `probes` random probes of its rows.
+
+        The passes run with gradient checkpointing where the denoiser offers it, so that they take little more memory
+        than a call.
+        """
+        for number in range(probes):
+            passing = _Pass(self, batch, 1 / probes, first=number == 0)
+            with self._listening(passing), _differentiable(denoiser), torch.enable_grad():
+                output = forward(denoiser, batch)
+                signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+                output.backward(signs.to(output))
+
+    @contextmanager
+    def _listening(self, passing: "_Pass") -> Iterator[None]:
+        handles = [layer.register_forward_hook(passing.hook(name)) for name, layer in self.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def errors(self, name: str, x: Tensor, output: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(scheme, the layer's output under it minus `output`), every input and weight rounded once."""
+        layer = self.layers[name]
+        parsed = [parse_scheme(scheme) for scheme in self.schemes]
+        parsed.append(Scheme(ACTIVATION_ONLY, None, QuantSpec(8, "tensor")))
+        weights = {spec: self._weight(name, spec) for spec in dict.fromkeys(s.weight for s in parsed)}
+        for spec in dict.fromkeys(s.activation for s in parsed):
+            rounded = self._input(name, x, spec)
+            for scheme in parsed:
+                if scheme.activation == spec:
+                    yield scheme.name, dense(layer, rounded, weights[scheme.weight]).sub_(output)
+
+    def _weight(self, name: str, spec: QuantSpec | None) -> Tensor:
+        weight = self.layers[name].weight.detach()
+        if spec is None:
+            return weight
+        key = ("weight", name, spec)
+        if key not in self.qparams:
+            self.qparams[key] = weight_scales(weight, spec)
+        rows = qdq(weight_rows(weight, spec), self.qparams[key], spec).flatten(1)
+        return rows[:, : weight[0].numel()].reshape(weight.shape).to(weight.dtype)
+
+    def _input(self, name: str, x: Tensor, spec: QuantSpec | None) -> Tensor:
+        if spec is None:
+            return x
+        if spec.granularity == "token":
+            return qdq(x, token_qparams(x, spec), spec).to(x.dtype)
+        key = ("input", name, spec)
+        if key not in self.qparams:
+            scale, zero_point = self.ranges[name].qparams(spec)
+            self.qparams[key] = QParams(scale.to(x.device), zero_point.to(x.device))
+        return qdq(x, self.qparams[key], spec).to(x.dtype)
+
+    def macs_per_image(self, rows: int) -> dict[str, int]:
+        """Multiply-accumulates of each layer per row of the batch, where `rows` rows were measured in all."""
+        return {name: macs // rows for name, macs in self.macs.items()}
+
+    def shared(self) -> tuple[tuple[str, ...], ...]:
+        """Layers of one module that read one and the same tensor (q, k, v of an attention), in order."""
+        order = {name: index for index, name in enumerate(self.layers)}
+        groups = {tuple(sorted(names, key=order.__getitem__)) for names in self.readers.values()}
+        return tuple(sorted((group for group in groups if len(group) > 1), key=lambda group: order[group[0]]))
+
+    def row(self, timestep: float) -> tuple[float, ...]:
+        """Everything measured at a timestep as plain numbers, in a fixed order; 0 for a layer that was not called."""
+        found = []
+        for name in self.layers:
+            found.append(self.signal.get((name, timestep), 0.0))
+            keys = [(name, scheme, timestep) for scheme in (*self.schemes, ACTIVATION_ONLY)]
+            found.extend(powers.get(key, 0.0) for key in keys for powers in (self.noise, self.own))
+        return tuple(found)
+
+    def add(self, timestep: float, row: tuple[float, ...]) -> None:
+        """Add what `row` gave. Raises PlanError for a row of another model or scheme set."""
+        schemes = (*self.schemes, ACTIVATION_ONLY)
+        if len(row) != len(self.layers) * (1 + 2 * len(schemes)):
+            raise PlanError("the remembered part of the profile does not fit this model; delete it and start anew")
+        numbers = iter(row)
+        for name in self.layers:
+            self.signal[name, timestep] = self.signal.get((name, timestep), 0.0) + next(numbers)
+            for key in [(name, scheme, timestep) for scheme in schemes]:
+                self.noise[key] = self.noise.get(key, 0.0) + next(numbers)
+                self.own[key] = self.own.get(key, 0.0) + next(numbers)
+
+    def result(self, timesteps: tuple[float, ...]) -> tuple[LayerNoise, ...]:
+        """Signal and noise powers of each layer."""
+        schemes = sorted((*self.schemes, ACTIVATION_ONLY))
+        return tuple(
+            LayerNoise(
+                name,
+                tuple(self.signal[name, t] for t in timesteps),
+                {scheme: tuple(self.noise[name, scheme, t] for t in timesteps) for scheme in schemes},
+                {scheme: tuple(self.own[name, scheme, t] for t in timesteps) for scheme in schemes},
+            )
+            for name in self.layers
+        )
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One forward and backward pass of one batch. share: of this probe in the mean; first: also the local powers."""
+
+    probes: NoiseProbes
+    batch: Batch
+    share: float
+    first: bool
+    inputs: dict[str, tuple[ReferenceType[Tensor], list[str]]] = field(default_factory=dict)
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def tap(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            self._note_reader(name, args[0])
+            if not output.requires_grad:  # nothing before this layer depends on what is differentiated
+                output = output.detach().requires_grad_()
+            return _Tap.apply(output, args[0], lambda *seen: self.see(name, *seen))  # pyright: ignore
+
+        return tap
+
+    def _note_reader(self, name: str, x: Tensor) -> None:
+        """Remember which layers of one module read the very same tensor object one after another."""
+        parent = name.rpartition(".")[0]
+        seen, names = self.inputs.get(parent, (None, []))
+        if seen is None or seen() is not x:
+            names = []
+            self.inputs[parent] = (ref(x), names)
+        if name not in names:
+            names.append(name)
+        self.probes.readers.update(dict.fromkeys(names, tuple(names)))
+
+    def see(self, name: str, output: Tensor, x: Tensor, gradient: Tensor) -> None:
+        """Add what the layer's errors are here and what they would become at the denoiser's output."""
+        found, t = self.probes, self.batch.timestep
+        rows = self.batch.output.shape[0]
+        # rows that one image's data spread over belong to one sample: their errors do not arrive independently
+        rows = rows if output.shape[0] % rows == 0 else 1
+        if self.first:
+            weight = found.layers[name].weight
+            found.macs[name] = found.macs.get(name, 0) + output.numel() * weight[0].numel()
+            found.signal[name, t] = found.signal.get((name, t), 0.0) + energy(output)
+        for scheme, error in found.errors(name, x, output):
+            key = (name, scheme, t)
+            if self.first:
+                found.noise[key] = found.noise.get(key, 0.0) + energy(error)
+            effect = float((error * gradient).reshape(rows, -1).double().sum(1).square().sum())
+            found.own[key] = found.own.get(key, 0.0) + self.share * effect
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward looks at the gradient. What it needs is saved as autograd saves it, so that
+    checkpointing frees and recomputes it like any other activation."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, see: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(output, x)
+        ctx.see = see
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.see(*(saved.detach() for saved in ctx.saved_tensors), grads[0])
+        return grads[0], None, None
+
+
+@contextmanager
+def _differentiable(denoiser: nn.Module) -> Iterator[None]:
+    """Gradients reach activations but no parameters; activations are recomputed where the denoiser can do that."""
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    model: Any = denoiser
+    switch = getattr(model, "_supports_gradient_checkpointing", False) and not model.is_gradient_checkpointing
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if switch:
+            model.enable_gradient_checkpointing()
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if switch:
+            model.disable_gradient_checkpointing()
+
+
+def dense(layer: nn.Module, x: Tensor, weight: Any) -> Tensor:
+    """The layer's float operation with another input and weight."""
+    if isinstance(layer, nn.Conv2d):
+        return layer._conv_forward(x, weight, layer.bias)
+    bias = layer.bias
+    return F.linear(x, weight, bias if isinstance(bias, Tensor) else None)
