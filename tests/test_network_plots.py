@@ -22,7 +22,9 @@ def found_colours(drawing: Drawing) -> set[Any]:
 
 def times_of(table: LayerTable, *, without: str = "") -> LayerTimes:
     row = {"float": 2.0, "w8a8": 1.0, "w8a8-dyn": 1.25, "w8a16": 1.5}
-    return LayerTimes("cpu", "bfloat16", 2, 1000.0, {i.name: row for i in table.layers if i.name != without})
+    return LayerTimes(
+        "cpu", "bfloat16", 2, 1000.0, {i.name: row for i in table.layers if i.name != without}, 1000.0, "bfloat16"
+    )
 
 
 def test_every_scheme_has_a_colour_of_its_own_and_groups_share_it() -> None:

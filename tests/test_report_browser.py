@@ -71,7 +71,7 @@ def inputs(profiles: Callable[[str], Profile]) -> ReportInputs:
         plan=replace(plan, layers=choices, target="sqnr>=20dB"),
         report=report,
         profile=profile,
-        times=LayerTimes("cpu", "bfloat16", 2, 1000.0, {i.name: row for i in profile.table.layers}),
+        times=LayerTimes("cpu", "bfloat16", 2, 1000.0, {i.name: row for i in profile.table.layers}, 1000.0, "bfloat16"),
         others={"every layer W8A8": report},
         pictures={"float": [red, red], "quantized": [dark, red]},
         captions=("red apple", HOSTILE),
