@@ -49,7 +49,7 @@ Corrections = Annotated[str, typer.Option(help=f"none, auto (try all on the wors
 Pngs = Annotated[bool, typer.Option("--pngs", help="also write every figure as a PNG beside it")]
 Full = Annotated[
     bool,
-    typer.Option("--full", help="every step, block, direction and kind of noise; long, and goes on if interrupted"),
+    typer.Option("--full", help="every step, block, direction, kind of noise; long, goes on if interrupted"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -132,9 +132,7 @@ def check_model(model: str) -> None:
 def check_picture(file: Path) -> None:
     """Raise OutputError for a name that is no picture's, or that cannot be written."""
     if file.suffix.lower() not in PICTURES:
-        raise OutputError(
-            f"{file}: pictures are written as {', '.join(sorted(PICTURES))}; give the file such an ending"
-        )
+        raise OutputError(f"{file}: pictures are written as {', '.join(sorted(PICTURES))}; give such an ending")
     refuse_file(file)
 
 

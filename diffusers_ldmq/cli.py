@@ -183,9 +183,9 @@ def plan(
 def sample(
     model: arg.Model,
     prompt: Annotated[str | None, typer.Argument(help="text, or a class label where the pipeline takes one")] = None,
-    out: Annotated[
-        Path, typer.Option("-o", "--out", help="PNG, JPEG or WebP file; more pictures get -1, -2, ...")
-    ] = Path("out.png"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="picture (.png, .jpg, .webp); more get -1, -2, ...")] = Path(
+        "out.png"
+    ),
     steps: arg.Steps = None,
     guidance: arg.Guidance = None,
     seed: arg.Seed = 0,

@@ -192,6 +192,7 @@ def plan_table(plan: Plan, table: LayerTable) -> Table:
     shown.add_row("int8 x int8 multiply-accumulates", f"{100 * data['int8_macs_share']:.1f} %")
     predicted = plan.predicted_sqnr_db
     shown.add_row("predicted output SQNR", "unknown until measured" if predicted is None else f"{predicted:.1f} dB")
-    shown.add_row("higher precision from block", data["cut_off"] or "none")
-    shown.add_row("sensitive blocks", ", ".join(data["sensitive_blocks"]) or "none")
+    if plan.planner.startswith("hybrid"):
+        shown.add_row("higher precision from block", data["cut_off"] or "none")
+        shown.add_row("sensitive blocks", ", ".join(data["sensitive_blocks"]) or "none")
     return shown

@@ -1,5 +1,5 @@
-"""What a report can show of a quantized pipeline that was loaded: what is stored beside it, and pictures and times where
-the float pipeline is at hand, too."""
+"""What a report can show of a quantized pipeline that was loaded: what is stored beside it, and pictures and times
+where the float pipeline is at hand, too."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,8 +26,8 @@ def stored_inputs(model: str, pipe: Any) -> ReportInputs:
     plan, report, profile = (getattr(pipe, name, None) for name in ("plan", "report", "profile"))
     if plan is None or report is None:
         raise LDMQError(
-            f"{model}: has no stored plan and report to show; give a folder that `ldmq quantize` or save_pretrained of a "
-            f"QuantizedLDMPipeline wrote"
+            f"{model}: has no stored plan and report to show; give a folder that `ldmq quantize` or "
+            f"QuantizedLDMPipeline.save_pretrained wrote"
         )
     table = profile.table if profile is not None else layer_table(find_denoiser(pipe)[1])
     return ReportInputs(model=model, table=table, plan=plan, report=report, profile=profile)
