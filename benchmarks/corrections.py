@@ -9,7 +9,8 @@ model without; output SQNR of gated and ungated corrections; LoRA on corrected l
 import copy
 import json
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,18 +66,63 @@ def with_parts(denoiser: nn.Module, names: Sequence[str], what: str) -> nn.Modul
 
 
 def costs(denoiser: nn.Module, batch: Batch, names: Sequence[str], rounds: int) -> dict[str, float]:
-    """Step time with the named layers corrected, over that without: interleaved in one run."""
+    """Step time with the named layers corrected, over that without.
+
+    Two measurements: whole steps, interleaved in one run ('plain again' shows how far the machine's load falsifies
+    them), and the layers alone on their own inputs, the fastest of many interleaved calls each, which other load on
+    the machine hardly reaches: 1 + (corrected - plain) / fastest plain step.
+    """
+    kinds = ("smoothed", "rotated 16", "rotated 64", "low-rank")
+    fits = {what: [name for name in names if fits_layer(denoiser.get_submodule(name), what)] for what in kinds}
     versions = {"plain": denoiser, "plain again": with_parts(denoiser, (), "smoothed")}
-    for what in ("smoothed", "rotated 16", "rotated 64", "low-rank"):
-        size = int(what.split()[1]) if what.startswith("rotated") else 1
-        fit = [name for name in names if geometry_of(denoiser.get_submodule(name)).shape[1] % size == 0]
-        versions[f"{len(fit)} {what}"] = with_parts(denoiser, fit, what)
+    versions |= {f"{len(fits[what])} {what}": with_parts(denoiser, fits[what], what) for what in kinds}
     times = seconds_per_step(versions, batch, rounds)
     show(f"plain step {times.versions['plain'].seconds * 1e3:.1f} ms, {times.rows} rows, {times.threads} threads")
-    ratios = {name: time.seconds / times.versions["plain"].seconds for name, time in times.versions.items()}
+    ratios = {f"steps, {name}": times.speedup("plain", over=name) for name in versions if name != "plain"}
+    inputs = layer_inputs(denoiser, batch, names)
+    fastest = min(timed(lambda: run(denoiser, batch)) for _ in range(max(rounds, 3)))
+    for what in kinds:
+        corrected = versions[f"{len(fits[what])} {what}"]
+        extra = sum(
+            added(denoiser.get_submodule(name), corrected.get_submodule(name), inputs[name]) for name in fits[what]
+        )
+        ratios[f"layers, {len(fits[what])} {what}"] = 1 + extra / fastest
     for name, ratio in ratios.items():
-        show(f"  {name:16s} {ratio:.3f}")
+        show(f"  {name:22s} {ratio:.3f}")
     return ratios
+
+
+def fits_layer(layer: nn.Module, what: str) -> bool:
+    size = int(what.split()[1]) if what.startswith("rotated") else 1
+    return geometry_of(layer).shape[1] % size == 0
+
+
+def layer_inputs(denoiser: nn.Module, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, args: found.update({name: args[0].clone()})
+
+    handles = [denoiser.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    run(denoiser, batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def added(plain: nn.Module, corrected: nn.Module, x: Tensor, rounds: int = 15) -> float:
+    """Seconds that the corrected layer takes more than the plain one: fastest of each, interleaved."""
+    with torch.inference_mode():
+        for layer in (plain, corrected):
+            layer(x)  # packs
+        pairs = [(timed(lambda: plain(x)), timed(lambda: corrected(x))) for _ in range(rounds)]
+    return min(pair[1] for pair in pairs) - min(pair[0] for pair in pairs)
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def bundled() -> tuple[nn.Module, Recording]:
