@@ -23,7 +23,7 @@ from .specs import parse_scheme
 
 PICTURED = 8
 """Pictures that a report shows at most."""
-PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Ending of a picture's file -> the format it is written in."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -131,9 +131,9 @@ def check_model(model: str) -> None:
 
 def check_picture(file: Path) -> None:
     """Raise OutputError for a name that is no picture's, or that cannot be written."""
-    if file.suffix.lower() not in PICTURES:
-        raise OutputError(f"{file}: pictures are written as {', '.join(sorted(PICTURES))}; give such an ending")
     refuse_file(file)
+    if file.suffix.lower() not in PICTURES:
+        raise OutputError(f"{file}: pictures are written as {', '.join(filter(None, PICTURES))}; give such an ending")
 
 
 def check_out(out: Path, model: str, overwrite: bool) -> None:
