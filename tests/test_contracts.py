@@ -180,7 +180,7 @@ def test_every_scheme_can_be_calibrated_in_every_kind_of_layer(
 
 ORDER = (
     ("errors", "version", "allocator", "progress"),
-    ("specs", "registry", "serialization"),
+    ("specs", "registry", "serialization", "demo/__init__"),
     ("affine", "metrics"),
     ("tables",),
     ("artifacts", "calls", "output"),
@@ -200,10 +200,10 @@ ORDER = (
     ("pipeline",),
     ("pictures", "drawing", "sampling"),
     ("plots", "network_plots"),
-    ("demo/__init__",),
     ("summary",),
     ("report_tables",),
     ("report",),
+    ("report_inputs",),
     ("inspection",),
     ("demo",),
     ("arguments",),
