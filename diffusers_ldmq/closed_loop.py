@@ -233,8 +233,16 @@ class Job:
         effects, schemes = predict(self.profile).total, calibration.plan.quantized()
         ranked = sorted(schemes, key=lambda name: -effects[name].get(schemes[name], 0.0))
         worst = [name for name in ranked if parse_scheme(schemes[name]).is_integer][:CORRECTED_LAYERS]
-        told = self.stage("correct")
-        return correct(denoiser, calibration, self.recording, layers=worst, corrections=names, progress=told)
+        limit = self.target.byte_limit(self.table) if self.target else None
+        return correct(
+            denoiser,
+            calibration,
+            self.recording,
+            layers=worst,
+            corrections=names,
+            most_bytes=None if limit is None else max(limit - plan_bytes(self.table, schemes), 0),
+            progress=self.stage("correct"),
+        )
 
     def speedup(self, denoiser: nn.Module, load: Load | None) -> float | None:
         """Measured over the float model in its fastest dtype; None where no target asks for it."""
