@@ -171,27 +171,31 @@ def probed(on: Bench, batches: Sequence[Batch], ranges: dict[str, Any], passes: 
     return {"seconds": seconds, "calls": seconds / call, "own": own}
 
 
-def compared(on: Bench, results: Results, layers: dict[str, Any]) -> dict[str, Any]:
-    """Every estimate against the exact effects, per scheme, with its cost in calls."""
-    steps = len(results.rows["profile"]["timesteps"])
-    truth = {scheme: [sum(layers[name][scheme]) for name in on.names] for scheme in SCHEMES}
-    sources = {"the profile's": results.rows["profile"]}
-    sources |= {f"{passes} probing passes": results.rows[f"{passes} probing passes"] for passes in PROBES}
-    found: dict[str, Any] = {}
+def compared(on: Bench, profile: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
+    """Against the exact effects at all timesteps, per scheme: the profile's, and exact ones at fewer timesteps with
+    their cost in calls."""
+    steps, found = len(profile["timesteps"]), {}
     for scheme in SCHEMES:
-        for label, source in sources.items():
-            own = [sum(source["own"][name][scheme]) for name in on.names]
-            cost = None if label == "the profile's" else source["calls"]
-            found[f"{scheme}, {label}"] = {"calls": cost, **agreement(own, truth[scheme])}
+        truth = [sum(layers[name][scheme]) for name in on.names]
+        found[f"{scheme}, the profile's"] = agreement(summed(on, profile, scheme), truth)
         for count in range(1, steps + 1):
             kept = [round(k * (steps - 1) / max(count - 1, 1)) for k in range(count)]
             part = [sum(layers[name][scheme][k] for k in kept) for name in on.names]
-            cost = len(on.names) * count
-            found[f"{scheme}, exact at {count} of {steps} timesteps"] = {
-                "calls": cost,
-                **agreement(part, truth[scheme]),
-            }
+            calls = len(on.names) * count
+            found[f"{scheme}, exact at {count} of {steps} timesteps"] = {"calls": calls, **agreement(part, truth)}
     return found
+
+
+def compared_probes(on: Bench, probes: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
+    """Own effects of some probing passes against the exact ones; the cost in calls is that of all schemes."""
+    truth = {scheme: [sum(layers[name][scheme]) for name in on.names] for scheme in SCHEMES}
+    calls = {"calls": probes["calls"]}
+    return {scheme: calls | agreement(summed(on, probes, scheme), truth[scheme]) for scheme in SCHEMES}
+
+
+def summed(on: Bench, source: dict[str, Any], scheme: str) -> list[float]:
+    """Own effects over all timesteps."""
+    return [sum(source["own"][name][scheme]) for name in on.names]
 
 
 def additivity(on: Bench, results: Results, layers: dict[str, Any]) -> dict[str, Any]:
@@ -238,6 +242,11 @@ def convergence(on: Bench) -> dict[str, Any]:
     }
 
 
+def show(label: str, row: dict[str, float]) -> None:
+    """One row for people."""
+    typer.echo(f"{label:36s} " + ", ".join(f"{key} {value:.3g}" for key, value in row.items()))
+
+
 def main(
     model: Annotated[str, typer.Option(help="bundled | sd15")] = "bundled",
     size: Annotated[int, typer.Option(min=8, help="sd15: of the latents")] = 32,
@@ -255,12 +264,15 @@ def main(
         single.row(name, lambda n=name: exact(on, n, batches, ranges))
     results.row("joint", lambda: joint(on, batches, ranges))
     typer.echo(str(results.row("additivity", lambda: additivity(on, results, single.rows))))
+    for label, row in results.row("agreement", lambda: compared(on, profile, single.rows)).items():
+        show(label, row)
     for passes in PROBES:
-        results.row(
-            f"{passes} probing passes", lambda n=passes: probed(on, batches, ranges, n, profile["call_seconds"])
-        )
-    for label, row in results.row("agreement", lambda: compared(on, results, single.rows)).items():
-        typer.echo(f"{label:36s} " + ", ".join(f"{key} {value:.3g}" for key, value in row.items() if value is not None))
+        name = f"{passes} probing passes"
+        probes = results.row(name, lambda n=passes: probed(on, batches, ranges, n, profile["call_seconds"]))
+        for label, row in results.row(
+            f"agreement, {name}", lambda p=probes: compared_probes(on, p, single.rows)
+        ).items():
+            show(f"{label}, {name}", row)
     if model == "bundled":
         for name, row in results.row("convergence", lambda: convergence(on)).items():
             typer.echo(f"{name:22s} " + ", ".join(f"{count} images {value:.2f} dB" for count, value in row.items()))
