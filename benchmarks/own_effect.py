@@ -9,6 +9,7 @@ quantized; other ways to get them, at what cost; and how far a profile's figures
 """
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median, pstdev
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import UNet2DConditionModel
-from measuring import GUIDANCE, STEPS, Results, call_seconds, pipeline, recorded, timed
+from measuring import GUIDANCE, STEPS, Results, pipeline, recorded
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -41,7 +42,8 @@ SCHEMES = ("w8a8", "w4a8")
 PROBES = (1, 2, 4)
 COUNTS = (1, 2, 4, 8, 16, 32)
 """Images whose figures are compared with those of the last."""
-SEED = 7
+SEED, CALLS = 7, 5
+"""Of all that is random; calls that are timed."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,23 +99,40 @@ def sd15(size: int, timesteps: int, layers: int) -> Bench:
 
 
 def profiled(on: Bench) -> dict[str, Any]:
-    """Cost of a profile in calls of its own batch, and the own effects that it found."""
+    """Cost of a profile in calls of its own batch, by processor time, which other load on the machine changes least,
+    and by the clock; and the own effects that it found."""
     first = on.recording.only("select").calls[0]
-    before = call_seconds(on.denoiser, on.batches([first.timestep])[0])
-    profile, seconds = timed(lambda: profile_sqnr(on.denoiser, on.recording, on.settings))
+    before = call_costs(on.denoiser, on.batches([first.timestep])[0])
+    cpu, wall = time.process_time(), time.perf_counter()
+    profile = profile_sqnr(on.denoiser, on.recording, on.settings)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     batches = on.batches(profile.timesteps)
-    call = fmean([before, call_seconds(on.denoiser, batches[0])])
+    after = call_costs(on.denoiser, batches[0])
+    call_cpu, call = (fmean(pair) for pair in zip(before, after, strict=True))
     return {
         "timesteps": profile.timesteps,
         "rows": batches[0].output.shape[0],
         "shape": list(batches[0].output.shape),
         "threads": torch.get_num_threads(),
         "curve_points": len(profile.curve.groups),
-        "seconds": seconds,
+        "seconds": wall,
         "call_seconds": call,
-        "calls": seconds / call,
+        "calls_by_clock": wall / call,
+        "calls": cpu / call_cpu,
+        "call_cpu_seconds": call_cpu,
         "own": {noise.name: {scheme: noise.own[scheme] for scheme in SCHEMES} for noise in profile.layers},
     }
+
+
+def call_costs(denoiser: nn.Module, batch: Batch) -> tuple[float, float]:
+    """Median (processor seconds, seconds by the clock) of one call."""
+    run(denoiser, batch)
+    found = []
+    for _ in range(CALLS):
+        cpu, wall = time.process_time(), time.perf_counter()
+        run(denoiser, batch)
+        found.append((time.process_time() - cpu, time.perf_counter() - wall))
+    return median(cpu for cpu, _ in found), median(wall for _, wall in found)
 
 
 def exact(on: Bench, name: str, batches: Sequence[Batch], ranges: dict[str, Any]) -> dict[str, list[float]]:
@@ -157,18 +176,17 @@ def agreement(estimated: Sequence[float], truth: Sequence[float]) -> dict[str, f
 
 
 def probed(on: Bench, batches: Sequence[Batch], ranges: dict[str, Any], passes: int, call: float) -> dict[str, Any]:
-    """Own effects from so many probing passes, and their cost in calls."""
+    """Own effects from so many probing passes, and their cost in calls (call: processor seconds of one)."""
     probes = NoiseProbes(dict(quantizable_layers(on.denoiser)), ranges, on.settings.schemes)
     generator = torch.Generator().manual_seed(SEED)
 
-    def measure() -> None:
-        for batch in batches:
-            probes.measure(on.denoiser, batch, generator, passes)
-
-    seconds = timed(measure)[1]
+    start = time.process_time()
+    for batch in batches:
+        probes.measure(on.denoiser, batch, generator, passes)
+    calls = (time.process_time() - start) / call
     noises = {noise.name: noise for noise in probes.result(tuple(batch.timestep for batch in batches))}
     own = {name: {scheme: noises[name].own[scheme] for scheme in SCHEMES} for name in on.names}
-    return {"seconds": seconds, "calls": seconds / call, "own": own}
+    return {"calls": calls, "own": own}
 
 
 def compared(on: Bench, profile: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +286,7 @@ def main(
         show(label, row)
     for passes in PROBES:
         name = f"{passes} probing passes"
-        probes = results.row(name, lambda n=passes: probed(on, batches, ranges, n, profile["call_seconds"]))
+        probes = results.row(name, lambda n=passes: probed(on, batches, ranges, n, profile["call_cpu_seconds"]))
         for label, row in results.row(
             f"agreement, {name}", lambda p=probes: compared_probes(on, p, single.rows)
         ).items():
