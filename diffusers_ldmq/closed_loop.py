@@ -15,6 +15,7 @@ from .calls import Recording
 from .correction import DEFAULT, correct
 from .corrections import CORRECTIONS
 from .errors import PlanError
+from .metrics import sqnr_db
 from .planners import Target, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
@@ -208,6 +209,7 @@ class Job:
         """Calibrate, correct, quantize in place and verify."""
         give_back()
         facts, trials = self._quantized(denoiser, plan)
+        plan = self._foretold(plan, trials)
         give_back()
         report = verify(denoiser, self.recording, progress=self.stage("verify"))
         report = replace(report, calibration=facts, corrections=trials)
@@ -235,6 +237,18 @@ class Job:
         worst = [name for name in ranked if parse_scheme(schemes[name]).is_integer][:CORRECTED_LAYERS]
         told = self.stage("correct")
         return correct(denoiser, calibration, self.recording, layers=worst, corrections=names, progress=told)
+
+    def _foretold(self, plan: Plan, trials: tuple[Trial, ...]) -> Plan:
+        """The plan, whose prediction counts what kept corrections brought at their layers."""
+        kept = {trial.layer: trial for trial in trials if trial.kept}
+        if self.profile is None or not kept or plan.predicted_sqnr_db is None:
+            return plan
+        prediction, schemes = predict(self.profile), plan.quantized()
+        saved = [
+            prediction.total[name][schemes[name]] * (1 - 10 ** ((trial.layer_db[0] - trial.layer_db[1]) / 10))
+            for name, trial in kept.items()
+        ]
+        return replace(plan, predicted_sqnr_db=sqnr_db(1.0, prediction.nsr(schemes) - sum(saved)))
 
     def speedup(self, denoiser: nn.Module, load: Load | None) -> float | None:
         """Measured over the float model in its fastest dtype; None where no target asks for it."""
