@@ -187,7 +187,7 @@ class Job:
             if raised is None:
                 raise PlanError(
                     f"target {self.target.text!r} cannot be met: the best plan reaches {report.sqnr_db:.1f} dB, "
-                    f"{short:.1f} dB short; lower the target"
+                    f"{short:.1f} dB short; lower the target, or try {self.ways_out()}"
                 )
             told = "%.1f dB on select calls, %.1f dB short of %s: planning higher"
             logger.info(told, report.sqnr_db, short + margin, self.target.text)
@@ -271,7 +271,7 @@ class Job:
         if short > 0:
             return (
                 f"target {self.target.text!r} is missed by {short:.1f} dB on held-out calls "
-                f"({report.sqnr_db:.1f} dB measured); lower the target or choose another --scheme or --dtype"
+                f"({report.sqnr_db:.1f} dB measured); lower the target, or try {self.ways_out()}"
             )
         told = f"target {self.target.text!r} is missed: {report.speedup or 0.0:.2f}x measured"
         if self.times is not None:
@@ -279,6 +279,14 @@ class Job:
             best = self.times.fastest_ms / max(self.times.step_ms + sum(gains), 1e-9)
             told += f"; with every layer in its fastest scheme {best:.2f}x is predicted"
         return f"{told}. Lower the target, or choose another --dtype, --scheme or --keep-float none"
+
+    def ways_out(self) -> str:
+        """What else could reach an SQNR that this plan does not."""
+        ways = ["--dtype float32"] if self.settings.dtype not in (None, torch.float32) else []
+        ways += ["--planner budget"] if self.settings.planner != "budget" else []
+        ways += ["--corrections auto"] if self.settings.corrections == "none" else []
+        ways += ["--scheme w8a16"] if parse_scheme(self.settings.scheme).is_integer else ["more float layers"]
+        return ", ".join(ways)
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """The progress of one stage."""
