@@ -15,6 +15,7 @@ from .calls import Recording
 from .correction import DEFAULT, correct
 from .corrections import CORRECTIONS
 from .errors import PlanError
+from .metrics import sqnr_db
 from .planners import Target, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
@@ -186,7 +187,7 @@ class Job:
             if raised is None:
                 raise PlanError(
                     f"target {self.target.text!r} cannot be met: the best plan reaches {report.sqnr_db:.1f} dB, "
-                    f"{short:.1f} dB short; lower the target"
+                    f"{short:.1f} dB short; lower the target, or try {self.ways_out()}"
                 )
             told = "%.1f dB on select calls, %.1f dB short of %s: planning higher"
             logger.info(told, report.sqnr_db, short + margin, self.target.text)
@@ -208,6 +209,7 @@ class Job:
         """Calibrate, correct, quantize in place and verify."""
         give_back()
         facts, trials = self._quantized(denoiser, plan)
+        plan = self._foretold(plan, trials)
         give_back()
         report = verify(denoiser, self.recording, progress=self.stage("verify"))
         report = replace(report, calibration=facts, corrections=trials)
@@ -244,6 +246,18 @@ class Job:
             progress=self.stage("correct"),
         )
 
+    def _foretold(self, plan: Plan, trials: tuple[Trial, ...]) -> Plan:
+        """The plan, whose prediction counts what kept corrections brought at their layers."""
+        kept = {trial.layer: trial for trial in trials if trial.kept}
+        if self.profile is None or not kept or plan.predicted_sqnr_db is None:
+            return plan
+        prediction, schemes = predict(self.profile), plan.quantized()
+        saved = [
+            prediction.total[name][schemes[name]] * (1 - 10 ** ((trial.layer_db[0] - trial.layer_db[1]) / 10))
+            for name, trial in kept.items()
+        ]
+        return replace(plan, predicted_sqnr_db=sqnr_db(1.0, prediction.nsr(schemes) - sum(saved)))
+
     def speedup(self, denoiser: nn.Module, load: Load | None) -> float | None:
         """Measured over the float model in its fastest dtype; None where no target asks for it."""
         if self.target is None or self.target.min_speedup is None or load is None:
@@ -265,7 +279,7 @@ class Job:
         if short > 0:
             return (
                 f"target {self.target.text!r} is missed by {short:.1f} dB on held-out calls "
-                f"({report.sqnr_db:.1f} dB measured); lower the target or choose another --scheme or --dtype"
+                f"({report.sqnr_db:.1f} dB measured); lower the target, or try {self.ways_out()}"
             )
         told = f"target {self.target.text!r} is missed: {report.speedup or 0.0:.2f}x measured"
         if self.times is not None:
@@ -273,6 +287,14 @@ class Job:
             best = self.times.fastest_ms / max(self.times.step_ms + sum(gains), 1e-9)
             told += f"; with every layer in its fastest scheme {best:.2f}x is predicted"
         return f"{told}. Lower the target, or choose another --dtype, --scheme or --keep-float none"
+
+    def ways_out(self) -> str:
+        """What else could reach an SQNR that this plan does not."""
+        ways = ["--dtype float32"] if self.settings.dtype not in (None, torch.float32) else []
+        ways += ["--planner budget"] if self.settings.planner != "budget" else []
+        ways += ["--corrections auto"] if self.settings.corrections == "none" else []
+        ways += ["--scheme w8a16"] if parse_scheme(self.settings.scheme).is_integer else ["more float layers"]
+        return ", ".join(ways)
 
     def stage(self, name: str) -> Callable[[int, int], None]:
         """The progress of one stage."""
