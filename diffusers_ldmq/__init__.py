@@ -6,6 +6,7 @@ Importing registers the quantizer "ldmq" with diffusers, so that our checkpoints
 from .artifacts import Calibration, Plan, Profile, Report
 from .calibration import calibrate
 from .calls import Recording
+from .correction import correct
 from .errors import LDMQError
 from .inputs import default_inputs
 from .pipeline import QuantizedLDMPipeline
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "__version__",
     "calibrate",
+    "correct",
     "default_inputs",
     "make_plan",
     "profile_sqnr",

@@ -10,16 +10,21 @@ import torch
 import typer
 
 from .backends import fast_dtype
-from .demo import MODEL, demo_captions, demo_model
+from .correction import DEFAULT
+from .demo import MODEL, demo_captions, demo_model, demo_prompts
 from .errors import LDMQError, OutputError, PlanError
 from .inputs import default_inputs, read_inputs, read_prompts
 from .observers import OBSERVERS
-from .output import refuse_folder
+from .output import refuse_file, refuse_folder
 from .pipeline import QuantizedLDMPipeline, load_pipeline, stored_config
 from .planners import PLANNERS, parse_target
 from .selections import SELECTIONS
 from .specs import parse_scheme
 
+PICTURED = 8
+"""Pictures that a report shows at most."""
+PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Ending of a picture's file -> the format it is written in."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"diffusers folder, hub id, or {MODEL}")]
@@ -30,12 +35,22 @@ Guidance = Annotated[float | None, typer.Option(help="guidance scale (default: t
 Seed = Annotated[int, typer.Option(help="seed of the first picture; the others count up")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the device's fastest), float32, bfloat16 or float16")]
-Planner = Annotated[str, typer.Option(help="hybrid, or uniform: every Linear and Conv2d in one scheme")]
-Scheme = Annotated[str, typer.Option(help="the low-precision scheme: w8a8, w8a8-dyn, w8a16, w4a16, w4a8, w4a4")]
+Planner = Annotated[str, typer.Option(help="hybrid (blocks from a cut-off on), budget (integer programme), uniform")]
+Scheme = Annotated[str, typer.Option(help="low precision: w8a8, w8a8-dyn, w8a16, w4a16, w4a16-g64, w4a8, w4a4, ...")]
 Rule = Annotated[str, typer.Option("--calibration", help="steps that calibrate: first-step or uniform")]
 Observer = Annotated[str, typer.Option(help="how a range is chosen: minmax, minmax-affine or mse")]
 KeepFloat = Annotated[str, typer.Option(help="default (the family's layers), none, or names with commas between")]
-Target = Annotated[str | None, typer.Option(help="'sqnr>=25dB', 'size<=0.3x' (of fp32) or 'size<=900MB'")]
+TARGET_HELP = (
+    "'sqnr>=25dB', 'size<=0.3x' (of fp32), 'size<=900MB', 'speed>=1.5x' (of the fastest float), 'int8>=80%' (of the "
+    "work), or several with commas between"
+)
+Target = Annotated[str | None, typer.Option(help=TARGET_HELP)]
+Corrections = Annotated[str, typer.Option(help=f"none, auto (try all on the worst layers), or of {', '.join(DEFAULT)}")]
+Pngs = Annotated[bool, typer.Option("--pngs", help="also write every figure as a PNG beside it")]
+Full = Annotated[
+    bool,
+    typer.Option("--full", help="every step, block, direction, kind of noise; long, goes on if interrupted"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
@@ -109,6 +124,18 @@ def check_target(target: str | None) -> None:
         parse_target(target)
 
 
+def check_model(model: str) -> None:
+    """Raise LDMQError if there is no such model, before anything slow begins."""
+    stored_config(model_path(model))
+
+
+def check_picture(file: Path) -> None:
+    """Raise OutputError for a name that is no picture's, or that cannot be written."""
+    refuse_file(file)
+    if file.suffix.lower() not in PICTURES:
+        raise OutputError(f"{file}: pictures are written as {', '.join(filter(None, PICTURES))}; give such an ending")
+
+
 def check_out(out: Path, model: str, overwrite: bool) -> None:
     """Raise OutputError for an output folder that may not be written or replaced."""
     refuse_folder(out, overwrite=overwrite)
@@ -151,3 +178,13 @@ class Given:
             return [{**common, **entry} for entry in self.read]
         prompts = demo_captions() if self.read is None and self.model == MODEL else self.read
         return default_inputs(pipe, prompts, steps=steps, seed=self.seed)
+
+    def subjects(self, pipe: Any) -> list[str | None]:
+        """What to draw for people to look at: the prompts given, or those that fit the pipeline."""
+        if self.read is not None:
+            return list(self.read)[:PICTURED]
+        if self.model == MODEL:
+            return list(demo_prompts())
+        first = default_inputs(pipe, None, seed=self.seed)[0]
+        found = first.get("prompt") or first.get("class_labels") or [None] * 4
+        return [None if subject is None else str(subject) for subject in found][:PICTURED]

@@ -89,7 +89,7 @@ class Profile:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Profile":
         """Read profile.json. Raises PlanError if it is none."""
-        return from_json(Profile, _versioned(path, "profile"), PlanError, "profile")
+        return from_json(Profile, _versioned(path, "profile"), PlanError, f"{path}: profile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class Plan:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Plan":
         """Read plan.json. Raises PlanError if it is none."""
-        return from_json(Plan, _versioned(path, "plan"), PlanError, "plan")
+        return from_json(Plan, _versioned(path, "plan"), PlanError, f"{path}: plan")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,16 +221,28 @@ class Report:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Report":
         """Read report.json. Raises PlanError if it is none."""
-        return from_json(Report, _versioned(path, "report"), PlanError, "report")
+        return from_json(Report, _versioned(path, "report"), PlanError, f"{path}: report")
+
+
+KINDS = {"profile": "curve", "plan": "planner", "report": "signal"}
+"""What a file is -> the key that only such a file has."""
+MADE_BY = {
+    "profile": "`ldmq profile MODEL` makes one",
+    "plan": "`ldmq plan PROFILE.json` makes one",
+    "report": "`ldmq quantize` makes one",
+}
 
 
 def _versioned(path: str | os.PathLike[str], what: str) -> Any:
     """JSON of a file whose format_version this library reads. Raises PlanError."""
     data = read_json(path, PlanError)
     version = data.get("format_version") if isinstance(data, dict) else None
+    found = next((kind for kind, key in KINDS.items() if isinstance(data, dict) and key in data), None)
+    if found not in (None, what):
+        raise PlanError(f"{path}: is a {found}, a {what} is expected; {MADE_BY[what]}")
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise PlanError(
             f"{path}: not a {what} that this version reads (format_version {version!r}, expected 1 to "
-            f"{FORMAT_VERSION}); make it again with `ldmq {what if what != 'report' else 'quantize'}`"
+            f"{FORMAT_VERSION}); {MADE_BY[what]}"
         )
     return data

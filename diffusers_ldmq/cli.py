@@ -1,15 +1,14 @@
 """The command line `ldmq`: options in, one library call each, a table or JSON out."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import RenderableType
 
 from . import arguments as arg
 from .artifacts import Plan, Profile
+from .closed_loop import corrections_of
 from .demo import MODEL
 from .demo.job import refuse_demo_folder, run_demo
 from .families import find_denoiser, layer_table
@@ -29,11 +28,12 @@ from .pictures import comparison_sheet, picture_scores
 from .pipeline import Settings, denoiser_loader, quantize_pipeline, save_pipeline
 from .planning import kept_layers, make_plan
 from .profiling import ProfileSettings, profile_sqnr
-from .recording import record_calls
+from .recording import record_calls, try_one_step
+from .report import write_report
+from .report_inputs import stored_inputs, with_pictures, with_times
 from .sampling import Sampling, sample_pictures
-from .serialization import to_json
 from .summary import Summary, scores_data, scores_table, summary_data, summary_table
-from .terminal import console, print_json, quiet_libraries, stages
+from .terminal import console, quiet_libraries, say, stages, tell
 
 app = typer.Typer(
     name="ldmq",
@@ -59,8 +59,8 @@ def demo(
     refuse_demo_folder(out)
     with stages() as progress:
         summary = run_demo(out, progress)
-    _tell(summary_table(summary), {**summary_data(summary), "out": str(out)}, as_json)
-    _say(f"\nLook at {out}/comparison.png and {out}/sqnr.png; the quantized pipeline is {out}/quantized.", as_json)
+    tell(summary_table(summary), {**summary_data(summary), "out": str(out)}, as_json)
+    say(f"\nLook at {out}/comparison.png and {out}/sqnr.png; the quantized pipeline is {out}/quantized.", as_json)
 
 
 @app.command()
@@ -74,6 +74,7 @@ def quantize(
     calibration: arg.Rule = "first-step",
     observer: arg.Observer = "minmax-affine",
     keep_float: arg.KeepFloat = "default",
+    corrections: arg.Corrections = "none",
     target: arg.Target = None,
     prompts: arg.Prompts = None,
     inputs: arg.Inputs = None,
@@ -87,6 +88,7 @@ def quantize(
     """Quantize a pipeline and save it as an ordinary diffusers folder."""
     arg.check_names(scheme, planner=planner, calibration=calibration, observer=observer)
     arg.check_target(target)
+    corrections_of(corrections)
     arg.check_out(out, model, overwrite)
     if plan:
         arg.check_alone(context, "plan", ("planner", "scheme", "keep_float"))
@@ -96,6 +98,7 @@ def quantize(
         calibration=calibration,
         observer=observer,
         keep_float=keep_float,
+        corrections=corrections,
         target=target,
         plan=Plan.load(plan) if plan else None,
         dtype=arg.checked_dtype(dtype, device),
@@ -109,8 +112,8 @@ def quantize(
         outcome = quantize_pipeline(pipe, given.calls(pipe, steps), settings, reload=reload, progress=progress)
         save_pipeline(pipe, out, outcome=outcome, overwrite=overwrite)
     summary = Summary(model, outcome.recording.denoiser, outcome.plan, outcome.report)
-    _tell(summary_table(summary), {**summary_data(summary), "out": str(out)}, as_json)
-    _say(f"\nSaved in {out}; `ldmq info {out}` shows it again.", as_json)
+    tell(summary_table(summary), {**summary_data(summary), "out": str(out)}, as_json)
+    say(f"\nSaved in {out}; `ldmq info {out}` shows it again.", as_json)
 
 
 @app.command()
@@ -126,6 +129,7 @@ def profile(
     steps: arg.Steps = None,
     seed: arg.Seed = 0,
     device: arg.Device = "cpu",
+    full: arg.Full = False,
     as_json: arg.AsJson = False,
 ) -> None:
     """Measure where quantization noise arises: per layer and scheme, per block, over time."""
@@ -139,15 +143,19 @@ def profile(
         selection=calibration,
         observer=observer,
         keep_float=kept_layers(layer_table(denoiser), keep_float),
+        full=full,
     )
+    memory = out.with_suffix(".partial.json") if full else None
     with stages() as told:
         recording = record_calls(
             pipe, given.calls(pipe, steps), selection=calibration, seed=seed, progress=told.of("record")
         )
-        measured = profile_sqnr(denoiser, recording, settings, progress=told.of("profile"))
+        measured = profile_sqnr(denoiser, recording, settings, memory=memory, progress=told.of("profile"))
         with file_beside(out) as beside:
             measured.save(beside)
-    _tell(profile_table(measured), {**profile_data(measured), "out": str(out)}, as_json)
+    if memory is not None:
+        memory.unlink(missing_ok=True)
+    tell(profile_table(measured), {**profile_data(measured), "out": str(out)}, as_json)
 
 
 @app.command()
@@ -168,14 +176,16 @@ def plan(
     made = make_plan(measured, target, planner=planner, scheme=scheme, keep_float=keep_float)
     with file_beside(out) as beside:
         made.save(beside)
-    _tell(plan_table(made, measured.table), {**plan_data(made, measured.table), "out": str(out)}, as_json)
+    tell(plan_table(made, measured.table), {**plan_data(made, measured.table), "out": str(out)}, as_json)
 
 
 @app.command()
 def sample(
     model: arg.Model,
     prompt: Annotated[str | None, typer.Argument(help="text, or a class label where the pipeline takes one")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="PNG file; more pictures get -1, -2, ...")] = Path("out.png"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="picture (.png, .jpg, .webp); more get -1, -2, ...")] = Path(
+        "out.png"
+    ),
     steps: arg.Steps = None,
     guidance: arg.Guidance = None,
     seed: arg.Seed = 0,
@@ -186,7 +196,7 @@ def sample(
     """Draw pictures with a float or quantized pipeline."""
     files = [out] if num_images == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(num_images)]
     for file in files:
-        refuse_file(file)
+        arg.check_picture(file)
     pipe = arg.load_any(model, device)
     with stages() as told:
         pictures = sample_pictures(
@@ -194,9 +204,9 @@ def sample(
         )
     for file, picture in zip(files, pictures, strict=True):
         with file_beside(file) as beside:
-            picture.save(beside, format="PNG")
+            picture.convert("RGB").save(beside, format=arg.PICTURES[file.suffix.lower()])
     saved = [str(file) for file in files]
-    _tell(f"saved {', '.join(saved)}", {"model": model, "prompt": prompt, "seed": seed, "files": saved}, as_json)
+    tell(f"saved {', '.join(saved)}", {"model": model, "prompt": prompt, "seed": seed, "files": saved}, as_json)
 
 
 @app.command()
@@ -213,6 +223,8 @@ def compare(
 ) -> None:
     """Draw every prompt with both pipelines at equal seeds and say how far the pictures are apart."""
     texts = read_prompts(prompts)
+    for name in (first, second):
+        arg.check_model(name)
     if out is not None:
         refuse_file(out)
     pictures = []
@@ -227,7 +239,41 @@ def compare(
         with file_beside(out) as beside:
             comparison_sheet(beside, {"float": pictures[0], "quantized": pictures[1]}, texts)
     data = {"float": first, "quantized": second, **scores.data(), "pictures": scores_data(scores, texts)}
-    _tell(scores_table(scores, texts), data, as_json)
+    tell(scores_table(scores, texts), data, as_json)
+
+
+@app.command()
+def report(
+    model: arg.Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write")] = Path("report.html"),
+    original: Annotated[str | None, typer.Option("--float", help="the float pipeline: adds pictures and times")] = None,
+    prompts: arg.Prompts = None,
+    steps: arg.Steps = None,
+    guidance: arg.Guidance = None,
+    seed: arg.Seed = 0,
+    pngs: arg.Pngs = False,
+    device: arg.Device = "cpu",
+    as_json: arg.AsJson = False,
+) -> None:
+    """Write one HTML page about a quantized pipeline: where noise arises, what was decided, what came out."""
+    refuse_file(out)
+    for name in (model, *([original] if original else [])):
+        arg.check_model(name)
+    given = arg.Given(original or model, prompts, None, seed)
+    pipe = arg.load_any(model, device)
+    shown = stored_inputs(model, pipe)
+    if original is not None:
+        source = arg.load_float(original, device)
+        calls = given.calls(source, steps)
+        load = denoiser_loader(arg.model_path(original), device)
+        with stages() as told:
+            subjects = given.subjects(source)
+            both = {"float": source, "quantized": pipe}
+            shown = with_pictures(shown, both, subjects, Sampling(steps, guidance, seed), told)
+            first = try_one_step(source, calls[0])
+            shown = with_times(shown, load, first.batch(first.calls[0]), find_denoiser(pipe)[1])
+    write_report(out, shown, pngs=pngs)
+    tell(f"saved {out}; open it in a browser", {"model": model, "out": str(out)}, as_json)
 
 
 @app.command()
@@ -238,19 +284,6 @@ def info(
 ) -> None:
     """Show schemes, backends on this machine, sizes and the stored SQNR of a pipeline, float or quantized."""
     found = describe(arg.load_any(model, "cpu"))
-    _tell(description_table(found), description_data(found, layers=layers), as_json)
+    tell(description_table(found), description_data(found, layers=layers), as_json)
     if layers and not as_json:
         console().print(layers_table(found))
-
-
-def _tell(shown: RenderableType, data: dict[str, Any], as_json: bool) -> None:
-    """A table or text for people, or the data as one JSON object."""
-    if as_json:
-        print_json(json.dumps(to_json(data), allow_nan=False))
-    else:
-        console().print(shown)
-
-
-def _say(text: str, as_json: bool) -> None:
-    if not as_json:
-        console().print(text, markup=False, soft_wrap=True)

@@ -7,9 +7,9 @@ from rich.table import Table
 from torch import nn
 
 from .artifacts import Plan, Profile, Report
-from .families import find_denoiser, float_shape, quantizable_layers
+from .families import find_denoiser, float_shape, layer_table, quantizable_layers
 from .layers import QuantizedLayer
-from .metrics import sqnr_db
+from .metrics import sqnr_db, told_db
 from .planners import fp32_bytes, integer_share, plan_bytes
 from .summary import mb, size_data, sqnr_data
 from .tables import LayerTable
@@ -51,6 +51,7 @@ def describe(pipe: Any) -> Description:
     _, denoiser = find_denoiser(pipe)
     profile, report = getattr(pipe, "profile", None), getattr(pipe, "report", None)
     layers = quantizable_layers(denoiser)
+    in_order = [name for block in layer_table(denoiser).blocks for name in block.layers]
     return Description(
         pipeline=type(pipe).__name__,
         denoiser=type(denoiser).__name__,
@@ -59,7 +60,7 @@ def describe(pipe: Any) -> Description:
         backends=backend_counts(denoiser),
         bytes=count_bytes(denoiser),
         fp32_bytes=4 * count_parameters(denoiser),
-        layers=tuple(_line(name, layer, profile) for name, layer in layers.items()),
+        layers=tuple(_line(name, layers[name], profile) for name in in_order),
         report=report,
     )
 
@@ -109,7 +110,9 @@ def description_table(found: Description) -> Table:
     table.add_row("size as stored", f"{mb(size)} = {size / fp32:.3f}x of fp32, {2 * size / fp32:.3f}x of fp16")
     float_layers = {"float": found.schemes["float"]} if "float" in found.schemes else {}
     counts = {**found.backends, **float_layers}
-    table.add_row("layers, on this machine", "\n".join(f"{count} {name}" for name, count in counts.items()))
+    slow = {name: " (correct, not fast)" for name in counts if name.endswith("on reference")}
+    told = [f"{count} {name}{slow.get(name, '')}" for name, count in counts.items()]
+    table.add_row("layers, on this machine", "\n".join(told))
     if found.report:
         timestep, worst = found.report.worst()
         told = f"{found.report.sqnr_db:.1f} dB, worst step {worst:.1f} dB (t = {timestep:g}), in {found.report.dtype}"
@@ -123,10 +126,12 @@ def description_table(found: Description) -> Table:
 def layers_table(found: Description) -> Table:
     """Every Linear and Conv2d with its scheme and backend."""
     table = Table(show_edge=False)
-    for name in ("layer", "kind", "weight", "scheme", "backend", "own SQNR (dB)"):
+    # names are what people copy: wider than a narrow terminal rather than broken
+    table.add_column("layer", no_wrap=True, min_width=max((len(line.name) for line in found.layers), default=5))
+    for name in ("kind", "weight", "scheme", "backend", "relative SQNR"):
         table.add_column(name, overflow="fold")
     for line in found.layers:
-        shape, db = "x".join(map(str, line.shape)), "" if line.sqnr_db is None else f"{line.sqnr_db:.1f}"
+        shape, db = "x".join(map(str, line.shape)), "" if line.sqnr_db is None else told_db(line.sqnr_db)
         table.add_row(line.name, line.kind, shape, line.scheme, line.backend or "-", db)
     return table
 
@@ -135,22 +140,27 @@ def profile_table(profile: Profile) -> Table:
     """The block curve: SQNR at the output with every block so far quantized, and each block's noisiest layer."""
     scheme = profile.curve.scheme
     table = Table(title=f"{profile.table.denoiser}: blocks quantized to {scheme} one after another")
-    for name in ("block", "part", "output SQNR so far (dB)", "noisiest layer by itself (dB)"):
+    for name in ("blocks", "part", "output SQNR so far", "its layer that harms the output most, alone"):
         table.add_column(name, overflow="fold")
-    for block, nsr in zip(profile.table.blocks, profile.curve.nsr(), strict=True):
-        db, name = min((profile.noise_of(layer).power(scheme).sqnr_db, layer) for layer in block.layers)
-        table.add_row(block.name, block.part, f"{sqnr_db(1.0, nsr):.1f}", f"{db:.1f} {name.removeprefix(block.name)}")
+    blocks = {block.name: block for block in profile.table.blocks}
+    signal = sum(profile.curve.signal)
+    for group, nsr in zip(profile.curve.groups, profile.curve.nsr(), strict=True):
+        noises = [profile.noise_of(layer) for name in group for layer in blocks[name].layers]
+        worst = max(noises, key=lambda noise: sum(noise.own.get(scheme, ())))
+        db = told_db(sqnr_db(signal, sum(worst.own.get(scheme, ()))))
+        shown = worst.name.removeprefix(f"{group[0]}.") if len(group) == 1 else worst.name
+        table.add_row("\n".join(group), blocks[group[0]].part, told_db(sqnr_db(1.0, nsr)), f"{db} {shown}")
     return table
 
 
 def profile_data(profile: Profile) -> dict[str, Any]:
     """The block curve as plain JSON data."""
-    rows = zip(profile.table.blocks, profile.curve.nsr(), strict=True)
+    rows = zip(profile.curve.groups, profile.curve.nsr(), strict=True)
     return {
         "denoiser": profile.table.denoiser,
         "scheme": profile.curve.scheme,
         "timesteps": profile.timesteps,
-        "blocks": [{"name": block.name, "output_sqnr_db": sqnr_db(1.0, nsr)} for block, nsr in rows],
+        "blocks": [{"name": " + ".join(group), "output_sqnr_db": sqnr_db(1.0, nsr)} for group, nsr in rows],
     }
 
 
@@ -182,6 +192,7 @@ def plan_table(plan: Plan, table: LayerTable) -> Table:
     shown.add_row("int8 x int8 multiply-accumulates", f"{100 * data['int8_macs_share']:.1f} %")
     predicted = plan.predicted_sqnr_db
     shown.add_row("predicted output SQNR", "unknown until measured" if predicted is None else f"{predicted:.1f} dB")
-    shown.add_row("higher precision from block", data["cut_off"] or "none")
-    shown.add_row("sensitive blocks", ", ".join(data["sensitive_blocks"]) or "none")
+    if plan.planner.startswith("hybrid"):
+        shown.add_row("higher precision from block", data["cut_off"] or "none")
+        shown.add_row("sensitive blocks", ", ".join(data["sensitive_blocks"]) or "none")
     return shown

@@ -67,9 +67,12 @@ def time_bars(table: LayerTable, plan: Plan, times: LayerTimes) -> Drawing:
     """Milliseconds of one denoiser call per part of the network before and after, stacked by scheme."""
     rest = max(times.step_ms - sum(row.get("float", 0.0) for row in times.layers.values()), 0.0)
     missing = sum(1 for i in table.layers if _scheme(plan, i.name) not in times.layers.get(i.name, {}))
+    fastest = "the fastest there"
+    if times.fastest_dtype != times.dtype:
+        fastest = f"as in the plan; the fastest float is {times.fastest_dtype} with {times.fastest_ms:.4g} ms in all"
     explanation = (
         f"One denoiser call on {times.rows} rows on {times.device}, layers measured one by one. Grey: all in floating "
-        f"point ({times.dtype}, the fastest there); coloured: with the plan's schemes. 'other' is what happens outside "
+        f"point ({times.dtype}, {fastest}); coloured: with the plan's schemes. 'other' is what happens outside "
         "Linear and Conv2d layers (norms, activations, attention), the same before and after."
     )
     if missing:

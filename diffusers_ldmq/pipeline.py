@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .artifacts import Plan, Profile, Report
+from .demo import MODEL, demo_captions, demo_model
 from .errors import CheckpointError, LDMQError
 from .families import FAMILIES, find_denoiser
 from .inputs import default_inputs
@@ -43,8 +44,11 @@ __all__ = [
 
 
 def _known(model: str | os.PathLike[str]) -> str:
-    """The model's name. Raises LDMQError unless it is a pipeline folder or looks like a hub id."""
+    """The model's name, the bundled model's folder for its word. Raises LDMQError unless it is a pipeline folder or
+    looks like a hub id."""
     text = os.fspath(model)
+    if text == MODEL and not Path(text).exists():
+        return os.fspath(demo_model())
     path = Path(text)
     if path.exists():
         if not (path / "model_index.json").is_file():
@@ -60,7 +64,7 @@ def load_pipeline(
     """The pipeline in a local folder or under a hub id. Raises LDMQError in one line if it cannot be had."""
     text = _known(model)
     try:
-        pipe = DiffusionPipeline.from_pretrained(text, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(text, dtype=dtype)
     except LDMQError:
         raise
     except (OSError, ValueError, LookupError, TypeError, HfHubHTTPError, AttributeError, ImportError) as cause:
@@ -150,6 +154,9 @@ class QuantizedLDMPipeline:
         """
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
         options = _Options(**kwargs)
+        if inputs is None and os.fspath(model) == MODEL:
+            inputs = demo_captions()
+        model = _known(model)
         config = stored_config(model)
         if config is not None:
             if plan is not None or target is not None:
@@ -240,7 +247,7 @@ def stored_config(model: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     Raises LDMQError if there is no such model.
     """
-    _known(model)
+    model = _known(model)
     index_file = _file(model, "model_index.json")
     index = read_json(index_file, CheckpointError) if index_file else {}
     for component in {name for _, family in FAMILIES.items() for name in family.components} & set(index):

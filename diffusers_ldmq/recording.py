@@ -57,14 +57,15 @@ def record_calls(
     return recorder.result()
 
 
-def try_one_step(pipe: Any, inputs: dict[str, Any]) -> None:
-    """Sample until the first denoiser call is over. Raises RecordingError if the pipeline cannot do even that, as when
-    its components' dtypes do not fit each other."""
+def try_one_step(pipe: Any, inputs: dict[str, Any]) -> Recording:
+    """Sample until the first step is over and give its calls. Raises RecordingError if the pipeline cannot do even
+    that, as when its components' dtypes do not fit each other."""
     _, denoiser = find_denoiser(pipe)
     recorder = _Recorder(denoiser)
     recorder.start("calibrate", 0, image_count(inputs), first_only=True)
     with recorder.listening(), torch.no_grad():
         _call(pipe, {"seed": 0, **inputs})
+    return recorder.result()
 
 
 def _deal(inputs: list[dict[str, Any]], seed: int) -> list[tuple[str, dict[str, Any]]]:

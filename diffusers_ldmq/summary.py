@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from .artifacts import Plan, Report
+from .metrics import told_db
 from .pictures import PictureScores
 from .timing import StepTime, StepTimes
 
@@ -45,6 +46,9 @@ def summary_data(summary: Summary) -> dict[str, Any]:
         "dtype": report.dtype,
         "size": size_data(report, summary.file_bytes),
         "output_sqnr_db": sqnr_data(report),
+        "predicted_output_sqnr_db": summary.plan.predicted_sqnr_db,
+        "speedup": report.speedup,
+        "corrections": [trial for trial in report.corrections if trial.kept],
         "int8_macs_share": report.int8_macs,
         "schemes": report.schemes,
         "backends": report.backends,
@@ -112,6 +116,10 @@ def summary_table(summary: Summary) -> Table:
             table.add_row(*row)
         table.caption, table.caption_justify = _timed_how(summary.times, summary.cpu), "left"
     table.add_row("output SQNR", "", _sqnr(report))
+    if summary.plan.predicted_sqnr_db is not None:
+        table.add_row("  predicted by the plan", "", told_db(summary.plan.predicted_sqnr_db))
+    if report.speedup is not None:
+        table.add_row("speed", "", f"{report.speedup:.2f}x of the fastest float")
     if summary.uniform:
         table.add_row("  uniform plan instead", "", _sqnr(summary.uniform))
     if summary.pictures:
@@ -122,6 +130,10 @@ def summary_table(summary: Summary) -> Table:
     table.add_row("int8 multiply-adds", "0 %", f"{100 * report.int8_macs:.1f} %")
     table.add_row("layers", f"{sum(report.schemes.values())} Linear and Conv2d", layer_lines(report))
     table.add_row("calibration", "", calibration_told(report))
+    if report.corrections:
+        kept = sum(trial.kept for trial in report.corrections)
+        tried = len({trial.layer for trial in report.corrections})
+        table.add_row("corrections", "", f"{kept} kept, on the {tried} layers that cause most noise")
     return table
 
 

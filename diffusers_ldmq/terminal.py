@@ -1,14 +1,26 @@
 """The command line's manners: progress bars per stage, other libraries quiet, every error one line."""
 
+import json
 import logging
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .serialization import to_json
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -34,6 +46,7 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore")
     logger = logging.getLogger(__package__)
     logger.handlers = [_Notes()]
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
@@ -45,23 +58,33 @@ class _Notes(logging.Handler):
         console(stderr=True).print(note, markup=False, soft_wrap=True)
 
 
+QUIET_SECONDS = 30
+"""After so long a stage says how far it is where there is no terminal to draw a bar on."""
+
+
 class Stages:
     """Progress of a job, one bar per stage on a terminal, one line per finished stage elsewhere."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
         self.tasks: dict[str, TaskID] = {}
-        self.since = time.monotonic()
+        self.since = self.told = time.monotonic()
 
     def __call__(self, stage: str, done: int, whole: int) -> None:
         """`done` of `whole` parts of a stage are complete; a stage that begins again gets its bar again."""
         if stage not in self.tasks:
             self.tasks[stage] = self.bars.add_task(stage, total=whole)
         self.bars.update(self.tasks[stage], completed=done, total=whole)
-        if done >= whole and not self.bars.console.is_terminal:
-            now = time.monotonic()
+        if self.bars.console.is_terminal:
+            return
+        now = time.monotonic()
+        if done >= whole:
             self.bars.console.print(f"{stage}: {whole} of {whole}, {now - self.since:.1f} s", markup=False)
-            self.since = now
+            self.since = self.told = now
+        elif done and now - self.told > QUIET_SECONDS:
+            left = (now - self.since) * (whole - done) / done
+            self.bars.console.print(f"{stage}: {done} of {whole}, about {left / 60:.0f} min left", markup=False)
+            self.told = now
 
     def of(self, stage: str) -> Callable[[int, int], None]:
         """The progress of one stage, as library functions take it."""
@@ -72,7 +95,13 @@ class Stages:
 def stages() -> Iterator[Stages]:
     """Bars on stderr while the context is open."""
     where = console(stderr=True)
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=where, disable=not where.is_terminal) as bars:
         yield Stages(bars)
 
@@ -81,3 +110,17 @@ def print_json(text: str) -> None:
     """One JSON object on stdout, as it is."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def tell(shown: RenderableType, data: dict[str, Any], as_json: bool) -> None:
+    """A table or text for people, or the data as one JSON object."""
+    if as_json:
+        print_json(json.dumps(to_json(data), allow_nan=False))
+    else:
+        console().print(shown)
+
+
+def say(text: str, as_json: bool) -> None:
+    """A line for people; nothing where machines read."""
+    if not as_json:
+        console().print(text, markup=False, soft_wrap=True)

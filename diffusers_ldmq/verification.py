@@ -93,6 +93,7 @@ class _MacCounter:
     def __init__(self, denoiser: nn.Module) -> None:
         self.layers = quantizable_layers(denoiser)
         self.macs: dict[str, int] = {}
+        self.branches = 0
 
     @contextmanager
     def listening(self, *, only_if: bool) -> Iterator[None]:
@@ -105,12 +106,15 @@ class _MacCounter:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            each = math.prod(float_shape(self.layers[name])[1:])
+            outputs, *inputs = float_shape(self.layers[name])
+            each = math.prod(inputs)
             self.macs[name] = self.macs.get(name, 0) + output.numel() * each
+            if isinstance(module, QuantizedLayer) and module.rank:  # a low-rank branch runs in floating point
+                self.branches += output.numel() // outputs * module.rank * (each + outputs)
 
         return count
 
     def integer_share(self) -> float:
         """Share (0..1) of the counted multiply-accumulates that are integer x integer."""
         integer = [n for n, m in self.layers.items() if isinstance(m, QuantizedLayer) and m.scheme.is_integer]
-        return sum(self.macs.get(n, 0) for n in integer) / max(sum(self.macs.values()), 1)
+        return sum(self.macs.get(n, 0) for n in integer) / max(sum(self.macs.values()) + self.branches, 1)

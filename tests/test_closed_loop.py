@@ -101,7 +101,7 @@ def test_raising_for_an_sqnr_breaks_no_other_demand(target: str, job: Callable[.
 
 
 def test_integer_work_is_held_against_what_was_measured(job: Callable[..., Any]) -> None:
-    with pytest.raises(PlanError, match=r"'int8>=10%' is missed: 0 % of the work is integer; choose another plan"):
+    with pytest.raises(PlanError, match=r"'int8>=10%' is missed: 0 % integer work measured; lower the target"):
         job("dit", planner="uniform", scheme="w8a16", target="int8>=10%")
     _, outcome = job("dit", planner="uniform", target="int8>=100%")
     assert outcome.report.int8_macs == 1.0

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,6 @@ def corrected(layer: nn.Module, correction: str, x: Tensor) -> LayerState:
 
 def lora_effect(denoiser: Any, name: str, x: Tensor) -> Tensor:
     """What a seeded rank-4 LoRA on that layer adds to its output for input x, at full strength."""
-    peft = pytest.importorskip("peft")
     without = denoiser.get_submodule(name)(x)
     torch.manual_seed(3)
     denoiser.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=[name], init_lora_weights=False))

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_ldmq import Recording, Report, verify
+from diffusers_ldmq import Recording, Report, calibrate, make_plan, verify
 from diffusers_ldmq.calls import run
+from diffusers_ldmq.correction import apply_everywhere
 from diffusers_ldmq.errors import LDMQError
 from diffusers_ldmq.families import layer_table
 from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.planners import integer_share
+from diffusers_ldmq.quantization import quantized_for_now
 from diffusers_ldmq.specs import parse_scheme
 from diffusers_ldmq.verification import float_parameters, floating_dtype, stored_bytes
 
@@ -115,3 +117,14 @@ def test_a_report_survives_its_file(mixed_denoiser: Mixed, recordings: Recording
     report = verify(mixed_denoiser("dit"), recordings("dit"))
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report
+
+
+def test_a_low_rank_branch_counts_as_float_work(denoiser_of: Callable[[str], Any], recordings: Recordings) -> None:
+    denoiser, recording = denoiser_of("pixel"), recordings("pixel")
+    plan = make_plan(layer_table(denoiser), planner="uniform")
+    calibration = calibrate(denoiser, plan, recording)
+    branched = apply_everywhere(denoiser, calibration, recording, "low-rank")
+    with quantized_for_now(denoiser, calibration):
+        assert verify(denoiser, recording).int8_macs == 1.0
+    with quantized_for_now(denoiser, branched):
+        assert 0.5 < verify(denoiser, recording).int8_macs < 1.0

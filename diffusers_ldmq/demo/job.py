@@ -34,10 +34,12 @@ from ..report import ReportInputs, write_report
 from ..sampling import Sampling, sample_pictures
 from ..serialization import write_json
 from ..summary import FLOAT, FLOAT_BEST, QUANTIZED, QUANTIZED_BEST, Summary, summary_data
-from ..timing import StepTimes, fastest_float, seconds_per_step
+from ..timing import StepTimes, fastest_float, layer_times, seconds_per_step
 from ..verification import floating_dtype, verify
 from . import MODEL, demo_captions, demo_model, demo_prompts
 
+TIMED = ("w8a8", "w8a8-dyn", "w8a16")
+"""Schemes that the default plan uses."""
 MARKER = ".ldmq-demo"
 """The file by which a later demo knows that it may replace the folder."""
 STEPS, GUIDANCE = 20, 5.0
@@ -92,7 +94,7 @@ def run_demo(folder: Path, progress: Progress) -> Summary:
         pictures = {"float": before, "quantized": after}
         comparison_sheet(beside / "comparison.png", pictures, demo_prompts())
         _write_figures(beside, outcome, uniform)
-        write_report(beside / "report.html", _report_inputs(outcome, uniform, pictures))
+        write_report(beside / "report.html", _report_inputs(outcome, uniform, pictures, reload))
         write_json(beside / "summary.json", summary_data(summary))
         (beside / MARKER).write_text("Written by `ldmq demo`, which may replace this folder.\n", encoding="utf-8")
     return summary
@@ -143,14 +145,18 @@ def _write_figures(folder: Path, outcome: Outcome, uniform: Report) -> None:
     plot_sqnr(folder / "sqnr.png", outcome.profile, outcome.plan, reports)
 
 
-def _report_inputs(outcome: Outcome, uniform: Report, pictures: dict[str, list[Image.Image]]) -> ReportInputs:
+def _report_inputs(
+    outcome: Outcome, uniform: Report, pictures: dict[str, list[Image.Image]], reload: Callable[[], nn.Module]
+) -> ReportInputs:
     assert outcome.profile is not None
+    batch = outcome.recording.batch(outcome.recording.only("verify").calls[0])
     return ReportInputs(
         model=MODEL,
         table=outcome.profile.table,
         plan=outcome.plan,
         report=outcome.report,
         profile=outcome.profile,
+        times=layer_times(reload, batch, TIMED, DTYPE),
         others={"every layer W8A8": uniform},
         pictures=pictures,
         captions=tuple(demo_prompts()),

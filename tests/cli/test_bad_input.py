@@ -63,6 +63,8 @@ REFUSED_BEFORE_WORK = {
     "float scheme": (["--scheme", "float"], "nothing would be quantized"),
     "unknown planner": (["--planner", "best"], "unknown planner 'best'"),
     "unknown selection": (["--calibration", "all"], "unknown selection 'all'"),
+    "unknown correction": (["--corrections", "magic"], "unknown correction 'magic'"),
+    "two demands of a kind": (["--target", "size<=0.3x,size<=9MB"], "cannot read the target"),
     "unknown observer": (["--observer", "guess"], "unknown observer 'guess'"),
     "unknown dtype": (["--dtype", "float8"], "float8"),
     "unknown device": (["--device", "abacus"], "--device abacus"),
@@ -137,6 +139,7 @@ def test_existing_output_survives_a_refusal_and_a_failure(tiny: Path, quantized:
 def test_sample_and_compare_refuse_what_they_cannot_do(tiny: Path, prompts: Path, tmp_path: Path, ldmq) -> None:
     ldmq("sample", tiny, "-o", tmp_path / "a.png").is_refused("needs a prompt")
     ldmq("sample", tiny, "a bear", "-o", tmp_path).is_refused("is a folder")
+    ldmq("sample", tiny, "a bear", "-o", tmp_path / "a.txt").is_refused("a.txt", "pictures are written as .png, .jpg")
     ldmq("compare", tiny, tiny, "--prompts", tmp_path / "none.txt").is_refused("no such file")
 
 
@@ -145,6 +148,27 @@ def test_demo_refuses_a_foreign_folder(tmp_path: Path, ldmq) -> None:
     ldmq("demo", "--out", tmp_path).is_refused("no earlier demo wrote it", "--out")
     assert os.listdir(tmp_path) == ["thesis.tex"]
     assert MARKER not in os.listdir(tmp_path)
+
+
+def test_a_file_of_another_kind_is_named_for_what_it_is(
+    quantized: Path, profile_file: Path, tmp_path: Path, ldmq
+) -> None:
+    out = ("-o", tmp_path / "p.json")
+    ldmq("plan", quantized / "plan.json", *out).is_refused("plan.json: is a plan, a profile is expected; `ldmq profile")
+    ldmq("quantize", "emoji-sd", "--out", tmp_path / "q", "--plan", profile_file).is_refused("is a profile, a plan is")
+
+
+def test_a_plan_for_speed_needs_times(profile_file: Path, tmp_path: Path, ldmq) -> None:
+    out = ("-o", tmp_path / "p.json")
+    ldmq("plan", profile_file, "--target", "speed>=1.5x", *out).is_refused("needs times measured on this device")
+
+
+def test_a_report_needs_what_quantizing_stored(tiny: Path, quantized: Path, tmp_path: Path, ldmq) -> None:
+    out = ("-o", tmp_path / "r.html")
+    ldmq("report", tiny, *out).is_refused("has no stored plan and report")
+    ldmq("report", quantized, "--float", tmp_path / "none", *out).is_refused("no such folder")
+    ldmq("report", quantized, "--float", quantized, *out).is_refused("is quantized already")
+    assert os.listdir(tmp_path) == []
 
 
 def test_damaged_profile_is_refused(tmp_path: Path, ldmq) -> None:

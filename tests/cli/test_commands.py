@@ -90,6 +90,46 @@ def test_compare_scores_every_prompt(tiny: Path, quantized: Path, prompts: Path,
     assert "inf" in same.out
 
 
+def test_a_report_shows_what_is_stored_and_with_the_float_model_pictures_and_times(
+    tiny: Path, quantized: Path, prompts: Path, tmp_path: Path, ldmq
+) -> None:
+    short = ldmq("report", quantized, "-o", tmp_path / "short.html")
+    assert short.code == 0, short.err
+    assert "open it in a browser" in short.out
+    common = ("--float", tiny, "--prompts", prompts, "--steps", 2, "--pngs", "--json")
+    full = ldmq("report", quantized, "-o", tmp_path / "full.html", *common)
+    assert full.code == 0, full.err
+    assert json.loads(full.out)["out"] == str(tmp_path / "full.html")
+    pages = [(tmp_path / name).read_text(encoding="utf-8") for name in ("short.html", "full.html")]
+    assert [page.count("data:image/png") for page in pages][0] < [page.count("data:image/png") for page in pages][1]
+    assert {"full-milliseconds.png", "full-noise-map.png"} <= set(os.listdir(tmp_path))
+
+
+def test_a_full_profile_measures_everything_and_leaves_no_memory(
+    tiny: Path, prompts: Path, tmp_path: Path, ldmq
+) -> None:
+    out = tmp_path / "full.json"
+    result = ldmq("profile", tiny, "--prompts", prompts, "--steps", 3, "--full", "-o", out)
+    assert result.code == 0, result.err
+    profile = Profile.load(out)
+    assert {(c.direction, c.part) for c in (profile.curve, *profile.curves)} == {
+        (d, p) for d in ("forward", "backward") for p in ("both", "weight", "activation")
+    }
+    assert profile.timesteps == profile.schedule
+    assert len(profile.timesteps) == 3
+    assert os.listdir(tmp_path) == ["full.json"]
+
+
+def test_a_budget_plan_with_corrections_from_the_command_line(tiny: Path, prompts: Path, tmp_path: Path, ldmq) -> None:
+    target = ("--planner", "budget", "--target", "size<=0.5x, int8>=60%", "--corrections", "smooth,bias")
+    result = ldmq("quantize", tiny, "--out", tmp_path / "q", "--prompts", prompts, "--steps", 2, *target, "--json")
+    assert result.code == 0, result.err
+    data = json.loads(result.out)
+    assert data["planner"] == "budget"
+    assert data["size"]["ratio_fp32"] <= 0.5
+    assert QuantizedLDMPipeline.from_pretrained(tmp_path / "q").report.corrections
+
+
 def test_info_tells_schemes_backends_sizes_and_sqnr(quantized: Path, tiny: Path, ldmq) -> None:
     data = json.loads(ldmq("info", quantized, "--layers", "--json").out)
     assert data["stored"]["output_sqnr_db"]["all"] > 15
