@@ -16,7 +16,7 @@ from .correction import DEFAULT, correct
 from .corrections import CORRECTIONS
 from .errors import PlanError
 from .metrics import sqnr_db
-from .planners import Target, plan_bytes, predict
+from .planners import Target, integer_share, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now
@@ -103,6 +103,7 @@ class Job:
             speedup = self.speedup(denoiser, load)
             outcome = replace(outcome, report=replace(outcome.report, speedup=speedup))
             short, slow = _short(self.target, outcome.report), self._slow(speedup)
+            self._refuse_float_work(outcome.report)
             if short <= 0 and slow <= 1:
                 return outcome, denoiser
             if short > 0:
@@ -146,10 +147,18 @@ class Job:
         if self.profile is None:
             return None
         if self.settings.plan is not None or self.settings.planner != "budget":
-            return raise_plan(plan, self.profile)
+            raised = raise_plan(plan, self.profile)
+            return raised if raised is not None and self._keeps(raised, self.profile.table) else None
         assert self.target is not None
         now = self._demand(plan)
         return self._for_demand(replace(now, min_sqnr_db=(now.min_sqnr_db or 0.0) + more_db))
+
+    def _keeps(self, plan: Plan, table: LayerTable) -> bool:
+        """Whether a plan keeps the demands on size and integer work. table: with the layers' work."""
+        if self.target is None:
+            return True
+        asked = self.target.min_integer_share or 0.0
+        return meets_size(plan, table, self.target) and integer_share(table, plan.quantized()) >= asked
 
     def faster(self, plan: Plan, factor: float) -> Plan | None:
         """The planner's plan for a speed that is higher by a factor; None if there is none."""
@@ -264,6 +273,15 @@ class Job:
         """By what factor a demand on speed is missed; at most 1 where it holds or there is none."""
         asked = self.target.min_speedup if self.target else None
         return 0.0 if asked is None or speedup is None else asked / speedup
+
+    def _refuse_float_work(self, report: Report) -> None:
+        """Raise PlanError where too little work is integer, which a plan that was given or is uniform cannot mend."""
+        asked = self.target.min_integer_share if self.target else None
+        if self.target is not None and asked is not None and report.int8_macs < asked - 1e-6:
+            raise PlanError(
+                f"target {self.target.text!r} is missed: {100 * report.int8_macs:.0f} % of the work is integer; "
+                f"choose another plan, planner or scheme"
+            )
 
     def _missed(self, report: Report, short: float) -> str:
         """The message for a target that is given up."""

@@ -24,12 +24,13 @@ from .layers import quantize_layer
 from .metrics import Power
 from .observers import Observer
 from .quantization import replace_layer
-from .serialization import read_json, write_json
+from .serialization import from_json, read_json, write_json
 from .specs import parse_scheme
 from .tables import LayerTable
 
 DIRECTIONS = ("forward", "backward")
 PARTS = ("both", "weight", "activation")
+MISFIT = "the remembered part of the profile does not fit this model; delete it and start anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,12 @@ class Memory:
             return Memory(path, key)
         data = read_json(path, PlanError)
         rows = data.get("rows") if isinstance(data, dict) else None
-        if not isinstance(rows, dict) or data.get("key") != key:
-            raise PlanError(
-                f"{path}: holds the beginning of another profile (other model, inputs, settings or version); "
-                f"delete it to start anew, or repeat the command that began it"
-            )
-        return Memory(path, key, {name: tuple(map(float, row)) for name, row in rows.items()})
+        if isinstance(data, dict) and data.get("key") == key:
+            return Memory(path, key, from_json(dict[str, tuple[float, ...]], rows, PlanError, f"{path}: rows"))
+        raise PlanError(
+            f"{path}: holds the beginning of another profile (other model, inputs, settings or version); "
+            f"delete it to start anew, or repeat the command that began it"
+        )
 
     def keep(self, name: str, row: tuple[float, ...]) -> None:
         """Remember a row, on disk too."""
@@ -127,6 +128,8 @@ def block_curve(
             name = f"{direction} {part} {index}"
             if name in memory.rows:
                 row = memory.rows[name]
+                if len(row) != len(given.timesteps):
+                    raise PlanError(MISFIT)
             elif names:
                 row = _output_noise(denoiser, given)
                 memory.keep(name, row)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .affine import QParams, qdq, token_qparams, weight_rows
 from .artifacts import LayerNoise
 from .calibration import weight_scales
-from .calls import Batch, forward
+from .calls import Batch, evaluating, forward
 from .errors import PlanError
 from .metrics import energy
 from .observers import Observer
@@ -55,7 +55,8 @@ class NoiseProbes:
         """
         for number in range(probes):
             passing = _Pass(self, batch, 1 / probes, first=number == 0)
-            with self._listening(passing), _differentiable(denoiser), torch.enable_grad():
+            # what is recomputed in the backward pass must be without dropout, too
+            with self._listening(passing), _differentiable(denoiser), evaluating(denoiser), torch.enable_grad():
                 output = forward(denoiser, batch)
                 signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
                 output.backward(signs.to(output))

@@ -157,7 +157,9 @@ def _effects(noises: tuple[LayerNoise, ...], schemes: dict[str, str]) -> dict[st
 
 def _key(recording: Recording, settings: ProfileSettings) -> str:
     """Hash of what a profile depends on: tensors are named by their content, outputs among them."""
-    text = json.dumps(to_json([__version__, recording.calls, _describe(settings, 0)]), sort_keys=True)
+    text = json.dumps(
+        to_json([__version__, recording.calls, _describe(settings, 0), settings.timesteps]), sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -69,6 +69,8 @@ def budget(table: LayerTable, profile: Profile | None, request: Request) -> Plan
         raise PlanError("the budget planner needs a profile; run `ldmq profile` first or choose --planner uniform")
     prediction, kept = predict(profile), request.keep_float or frozenset()
     request.kept(table)
+    if kept >= {info.name for info in table.layers}:
+        raise PlanError("keep-float names every layer, so there is nothing to quantize; leave some out")
     options = _options(table, profile, request, prediction, kept)
     limits = _limits(table, request)
     picked = None
@@ -214,7 +216,7 @@ def _out_of_reach(table: LayerTable, options: _Options, limits: _Limits, request
         fastest = request.times.step_ms + best(options.ms)
         told.append(f"the fastest is predicted at {request.times.fastest_ms / fastest:.2f}x of the fastest float")
     if limits.sqnr_db is not None:
-        alone = replace(limits, sqnr_db=None)
+        alone = replace(limits, sqnr_db=None, share=request.target.min_integer_share if request.target else None)
         picked = _solve(table, options, alone)
         if picked is not None:
             nsr = sum(options.noise[picked])

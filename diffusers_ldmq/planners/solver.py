@@ -34,7 +34,8 @@ def least(
 @contextmanager
 def _silent() -> Iterator[None]:
     """What C code writes to standard output while this is open is lost."""
-    sys.stdout.flush()
+    if sys.stdout is not None:  # as under pythonw, or where descriptor 1 was closed
+        sys.stdout.flush()
     try:
         kept = os.dup(STDOUT)
     except OSError:  # there is none
