@@ -244,8 +244,16 @@ class Job:
         effects, schemes = predict(self.profile).total, calibration.plan.quantized()
         ranked = sorted(schemes, key=lambda name: -effects[name].get(schemes[name], 0.0))
         worst = [name for name in ranked if parse_scheme(schemes[name]).is_integer][:CORRECTED_LAYERS]
-        told = self.stage("correct")
-        return correct(denoiser, calibration, self.recording, layers=worst, corrections=names, progress=told)
+        limit = self.target.byte_limit(self.table) if self.target else None
+        return correct(
+            denoiser,
+            calibration,
+            self.recording,
+            layers=worst,
+            corrections=names,
+            most_bytes=None if limit is None else max(limit - plan_bytes(self.table, schemes), 0),
+            progress=self.stage("correct"),
+        )
 
     def _foretold(self, plan: Plan, trials: tuple[Trial, ...]) -> Plan:
         """The plan, whose prediction counts what kept corrections brought at their layers."""

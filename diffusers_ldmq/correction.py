@@ -4,6 +4,7 @@ The layer gate asks whether the layer's own output gets better (relative SQNR), 
 does: a correction that helps a layer can still harm the output, where its noise had cancelled another layer's.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ from .progress import Progress
 from .quantization import quantized_for_now, refuse_unfit, replace_layer
 from .selections import SELECTIONS
 from .specs import LayerState
+from .verification import stored_bytes
 
 DEFAULT = ("skip-split", "dilate", "smooth", "rotate", "low-rank", "bias")
 """What is tried on every layer, the cheapest at run time first: of two equals the first wins."""
@@ -45,12 +47,14 @@ def correct(  # noqa: PLR0913 (options of one stage)
     layers: Sequence[str],
     corrections: Sequence[str] = DEFAULT,
     observer: str | None = None,
+    most_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Calibration, tuple[Trial, ...]]:
     """Try corrections on `layers`, worst first, and return the calibration with those that passed both gates, and
     every trial. The denoiser is the float one and unchanged afterwards.
 
-    observer: derives static ranges again from the transformed inputs (None = the calibration's). Inputs of as many
+    observer: derives static ranges again from the transformed inputs (None = the calibration's); most_bytes: that all
+    kept corrections together may add to what is stored (None = any). Inputs of as many
     layers as fit into CAPTURE_BYTES are held at a time, of one at least; the denoiser runs CALIBRATING_CALLS +
     SELECT_CALLS times for each such group and SELECT_CALLS times for each of a layer's CANDIDATES at the model gate.
 
@@ -60,9 +64,10 @@ def correct(  # noqa: PLR0913 (options of one stage)
     stage = _Stage(denoiser, calibration, recording, tuple(corrections), observer or calibration.observer)
     stage.check(layers)
     trials: list[Trial] = []
+    room = _Room(math.inf if most_bytes is None else most_bytes)
     for group in stage.groups(layers):
         tried = [stage.at_layer(name, inputs, held_out) for name, inputs, held_out in stage.captured(group)]
-        calibration, decided = _at_output(denoiser, calibration, stage.select, tried)
+        calibration, decided = _at_output(denoiser, calibration, stage.select, tried, room)
         trials.extend(decided)
         if progress:
             progress(len({trial.layer for trial in trials}), len(set(layers)))
@@ -82,6 +87,13 @@ def apply_everywhere(
             corrected = CORRECTIONS[correction](denoiser.get_submodule(name), states[name], inputs)
             states[name] = corrected or states[name]
     return replace(calibration, states=states)
+
+
+@dataclass(slots=True)
+class _Room:
+    """Bytes that corrections may still add."""
+
+    bytes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +241,7 @@ def _against(trial: Trial, trials: list[Trial], best: int | None) -> str:
 
 
 def _at_output(
-    denoiser: nn.Module, calibration: Calibration, batches: list[Batch], tried: list[_Tried]
+    denoiser: nn.Module, calibration: Calibration, batches: list[Batch], tried: list[_Tried], room: _Room
 ) -> tuple[Calibration, list[Trial]]:
     """The model gate: one layer after another into the quantized denoiser, kept where its output is no worse."""
     decided: list[Trial] = []
@@ -242,11 +254,17 @@ def _at_output(
         for entry in tried:
             trials, before = list(entry.trials), denoiser.get_submodule(entry.layer)
             for index, state in entry.candidates:
-                replace_layer(denoiser, entry.layer, quantize_layer(originals[entry.layer], state))
+                layer = quantize_layer(originals[entry.layer], state)
+                more = stored_bytes(layer) - stored_bytes(before)
+                if more > room.bytes:
+                    trials[index] = replace(trials[index], reason=f"takes {more} bytes, {room.bytes:.0f} are left")
+                    continue
+                replace_layer(denoiser, entry.layer, layer)
                 new = _output_power(denoiser, batches)
                 trials[index] = _judged(trials[index], now, new)
                 if trials[index].kept:
                     now, kept[entry.layer] = new, state
+                    room.bytes -= more
                     break
                 replace_layer(denoiser, entry.layer, before)
             decided.extend(trials)

@@ -153,6 +153,17 @@ def test_the_next_best_is_tried_where_the_best_harms_the_output(
     assert (new.states[WORST[0]].rank > 0) == (gated[1].correction == "low-rank")
 
 
+def test_corrections_keep_within_the_bytes_that_are_left(bundled: Given) -> None:
+    denoiser, calibration, recording = bundled
+    given = {"layers": WORST[:1], "corrections": ["low-rank"]}
+    _, free = correct(denoiser, calibration, recording, **given)
+    new, trials = correct(denoiser, calibration, recording, **given, most_bytes=100)
+    assert free[0].kept
+    assert (trials[0].kept, trials[0].output_db) == (False, None)
+    assert "bytes, 100 are left" in trials[0].reason
+    assert new.states == calibration.states
+
+
 def test_bias_is_tried_on_top_of_the_best(bundled: Given) -> None:
     denoiser, calibration, recording = bundled
     _, trials = correct(denoiser, calibration, recording, layers=WORST[:1], corrections=["rotate", "bias"])
