@@ -8,7 +8,6 @@ import typer
 
 from . import arguments as arg
 from .artifacts import Plan, Profile
-from .closed_loop import corrections_of
 from .demo import MODEL
 from .demo.job import refuse_demo_folder, run_demo
 from .families import find_denoiser, layer_table
@@ -32,6 +31,7 @@ from .recording import record_calls, try_one_step
 from .report import write_report
 from .report_inputs import stored_inputs, with_pictures, with_times
 from .sampling import Sampling, sample_pictures
+from .settings import corrections_of
 from .summary import Summary, scores_data, scores_table, summary_data, summary_table
 from .terminal import console, quiet_libraries, say, stages, tell
 

@@ -12,14 +12,14 @@ from .allocator import give_back
 from .artifacts import Calibration, Plan, Profile, Report, Trial
 from .calibration import calibrate
 from .calls import Recording
-from .correction import DEFAULT, correct
-from .corrections import CORRECTIONS
+from .correction import correct
 from .errors import PlanError
 from .metrics import sqnr_db
 from .planners import Target, integer_share, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now
+from .settings import Outcome, Settings, corrections_of
 from .specs import parse_scheme
 from .tables import LayerTable, LayerTimes
 from .timing import measured_speedup
@@ -37,46 +37,6 @@ CORRECTED_LAYERS = 8
 """How many layers, those that cause most noise at the output, are corrected where corrections are asked for."""
 
 Load = Callable[[], nn.Module]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What to do. keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
-    corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
-    dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image."""
-
-    planner: str = "hybrid"
-    scheme: str = "w8a8"
-    calibration: str = "first-step"
-    observer: str = "minmax-affine"
-    keep_float: str = "default"
-    corrections: str = "none"
-    target: str | None = None
-    plan: Plan | None = None
-    dtype: torch.dtype | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """Everything the job measured and decided. profile: None where none was needed; times: None without a target on
-    speed."""
-
-    recording: Recording
-    profile: Profile | None
-    plan: Plan
-    report: Report
-    times: LayerTimes | None = None
-
-
-def corrections_of(text: str) -> tuple[str, ...]:
-    """Names of the corrections that 'none', 'auto' or a list with commas asks for. Raises LDMQError for others."""
-    if text in ("none", "auto"):
-        return () if text == "none" else DEFAULT
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        CORRECTIONS[name]
-    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +205,8 @@ class Job:
         ranked = sorted(schemes, key=lambda name: -effects[name].get(schemes[name], 0.0))
         worst = [name for name in ranked if parse_scheme(schemes[name]).is_integer][:CORRECTED_LAYERS]
         limit = self.target.byte_limit(self.table) if self.target else None
+        if self.target is not None and self.target.min_integer_share is not None:
+            names = tuple(name for name in names if name != "low-rank")  # its branch is float work
         return correct(
             denoiser,
             calibration,

@@ -11,7 +11,7 @@ from torch import nn
 from .artifacts import Profile
 from .calibration import check_plan
 from .calls import Recording
-from .closed_loop import Job, Outcome, Settings, corrections_of
+from .closed_loop import Job
 from .errors import LDMQError, PlanError, RecordingError
 from .families import find_denoiser, layer_table
 from .planners import Target, candidates, fp32_bytes, parse_target, plan_bytes
@@ -21,6 +21,7 @@ from .profiling import ProfileSettings, profile_sqnr
 from .progress import StageProgress as Progress
 from .quantization import refuse_unfit
 from .recording import record_calls, try_one_step
+from .settings import Outcome, Settings, corrections_of
 from .tables import LayerTable
 from .timing import layer_times
 
