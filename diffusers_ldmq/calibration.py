@@ -1,6 +1,6 @@
 """Stage 4: from a plan and recorded calls to the integers of every layer."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -75,10 +75,12 @@ def observe_inputs(
     names: list[str],
     observer: str,
     progress: Progress | None = None,
+    *,
+    optional: Collection[str] = (),
 ) -> dict[str, Observer]:
     """One observer per named layer that has seen the layer's inputs in a float run over `batches`.
 
-    Raises CalibrationError naming a layer that was never called.
+    Raises CalibrationError naming a layer that was never called, unless it is among the `optional` ones.
     """
     kind, layers = OBSERVERS[observer], quantizable_layers(denoiser)
     found: dict[str, Observer] = {}
@@ -99,7 +101,7 @@ def observe_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    unseen = [name for name in names if name not in found]
+    unseen = [name for name in names if name not in found and name not in optional]
     if unseen:
         raise CalibrationError(
             f"layer {unseen[0]!r} was never called while calibrating ({len(unseen)} such layers); keep it float or "

@@ -13,9 +13,10 @@ from .artifacts import Calibration, Plan, Profile, Report, Trial
 from .calibration import calibrate
 from .calls import Recording
 from .correction import correct
+from .demands import keeps, refuse_overrun, short_db, too_slow
 from .errors import PlanError
 from .metrics import sqnr_db
-from .planners import Target, integer_share, plan_bytes, predict
+from .planners import Target, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now
@@ -62,8 +63,8 @@ class Job:
             outcome = self.run(denoiser, plan)
             speedup = self.speedup(denoiser, load)
             outcome = replace(outcome, report=replace(outcome.report, speedup=speedup))
-            short, slow = _short(self.target, outcome.report), self._slow(speedup)
-            self._refuse_float_work(outcome.report)
+            short, slow = short_db(self.target, outcome.report), self._slow(speedup)
+            refuse_overrun(self.target, self.table, outcome.report)
             if short <= 0 and slow <= 1:
                 return outcome, denoiser
             if short > 0:
@@ -108,17 +109,10 @@ class Job:
             return None
         if self.settings.plan is not None or self.settings.planner != "budget":
             raised = raise_plan(plan, self.profile)
-            return raised if raised is not None and self._keeps(raised, self.profile.table) else None
+            return raised if raised is not None and keeps(self.target, raised, self.profile.table) else None
         assert self.target is not None
         now = self._demand(plan)
         return self._for_demand(replace(now, min_sqnr_db=(now.min_sqnr_db or 0.0) + more_db))
-
-    def _keeps(self, plan: Plan, table: LayerTable) -> bool:
-        """Whether a plan keeps the demands on size and integer work. table: with the layers' work."""
-        if self.target is None:
-            return True
-        asked = self.target.min_integer_share or 0.0
-        return meets_size(plan, table, self.target) and integer_share(table, plan.quantized()) >= asked
 
     def faster(self, plan: Plan, factor: float) -> Plan | None:
         """The planner's plan for a speed that is higher by a factor; None if there is none."""
@@ -148,7 +142,7 @@ class Job:
         while True:
             with quantized_for_now(denoiser, self.calibrated(denoiser, plan)):
                 report = verify(denoiser, self.recording, on="select", progress=self.stage("check target"))
-            short = _short(self.target, report)
+            short = short_db(self.target, report)
             raised = self.higher(plan, max(short + margin, 0.0) + MARGIN_DB)
             if short + margin <= 0 or (raised is None and short <= 0):
                 reasons = {**plan.reasons, "measured_on_select_db": report.sqnr_db}
@@ -244,15 +238,6 @@ class Job:
         asked = self.target.min_speedup if self.target else None
         return 0.0 if asked is None or speedup is None else asked / speedup
 
-    def _refuse_float_work(self, report: Report) -> None:
-        """Raise PlanError where too little work is integer, which a plan that was given or is uniform cannot mend."""
-        asked = self.target.min_integer_share if self.target else None
-        if self.target is not None and asked is not None and report.int8_macs < asked - 1e-6:
-            raise PlanError(
-                f"target {self.target.text!r} is missed: {100 * report.int8_macs:.0f} % of the work is integer; "
-                f"choose another plan, planner or scheme"
-            )
-
     def _missed(self, report: Report, short: float) -> str:
         """The message for a target that is given up."""
         assert self.target is not None
@@ -261,12 +246,7 @@ class Job:
                 f"target {self.target.text!r} is missed by {short:.1f} dB on held-out calls "
                 f"({report.sqnr_db:.1f} dB measured); lower the target, or try {self.ways_out()}"
             )
-        told = f"target {self.target.text!r} is missed: {report.speedup or 0.0:.2f}x measured"
-        if self.times is not None:
-            gains = [min(ms.values()) - ms["float"] for ms in self.times.layers.values()]
-            best = self.times.fastest_ms / max(self.times.step_ms + sum(gains), 1e-9)
-            told += f"; with every layer in its fastest scheme {best:.2f}x is predicted"
-        return f"{told}. Lower the target, or choose another --dtype, --scheme or --keep-float none"
+        return too_slow(self.target, report, self.times)
 
     def ways_out(self) -> str:
         """What else could reach an SQNR that this plan does not."""
@@ -279,8 +259,3 @@ class Job:
     def stage(self, name: str) -> Callable[[int, int], None]:
         """The progress of one stage."""
         return lambda done, whole: self.told(name, done, whole)
-
-
-def _short(target: Target | None, report: Report) -> float:
-    """By how many dB an SQNR target is missed; 0 or less where it holds or there is none."""
-    return 0.0 if target is None or target.min_sqnr_db is None else target.min_sqnr_db - report.sqnr_db

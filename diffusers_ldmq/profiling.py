@@ -69,14 +69,16 @@ def profile_sqnr(
     memory, CalibrationError or RecordingError if the recording does not suit the denoiser.
     """
     settings = _checked(settings or ProfileSettings())
+    if recording.denoiser != type(denoiser).__name__:
+        raise RecordingError(f"the recording is of a {recording.denoiser}, not of this {type(denoiser).__name__}")
     selected = _one_run(recording.only("select"))
     batches = _spread(selected, settings)
     table, layers = layer_table(denoiser), quantizable_layers(denoiser)
-    calibrating = recording.only("calibrate")
-    picked = SELECTIONS[settings.selection](calibrating, None)
-    ranges = observe_inputs(denoiser, calibrating.batches(list(picked)), list(layers), settings.observer)
     kept = {info.name for info in table.layers if info.keep_float}
     kept = kept if settings.keep_float is None else set(settings.keep_float)
+    calibrating = recording.only("calibrate")
+    picked = calibrating.batches(list(SELECTIONS[settings.selection](calibrating, None)))
+    ranges = observe_inputs(denoiser, picked, list(layers), settings.observer, optional=kept)
     kinds = [(d, p) for d in DIRECTIONS for p in PARTS] if settings.full else [("forward", "both")]
     rows = sum(1 for block in table.blocks if set(block.layers) - kept)
     rows = rows if settings.full else min(rows, settings.groups)

@@ -124,7 +124,7 @@ def _call(pipe: Any, inputs: dict[str, Any]) -> None:
             pipe.maybe_free_model_hooks()
     except LDMQError:
         raise
-    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError) as cause:
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError) as cause:
         told = {key: value for key, value in inputs.items() if isinstance(value, (str, int, float, list))}
         raise RecordingError(
             f"{type(pipe).__name__} cannot be called with {str(told)[:200]}: {' '.join(str(cause).split())[:300]}"

@@ -185,7 +185,7 @@ ORDER = (
     ("tables",),
     ("artifacts", "calls", "output"),
     ("families", "selections", "observers", "planners", "backends"),
-    ("packing", "gradient"),
+    ("packing", "gradient", "demands"),
     ("quantized_layer",),
     ("layers", "manifest"),
     ("recording", "inputs"),

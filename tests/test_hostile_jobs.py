@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusers_ldmq import Profile, Recording, calibrate, make_plan, profile_sqnr
-from diffusers_ldmq.errors import CalibrationError, LDMQError, PlanError, RecordingError, VerificationError
+from diffusers_ldmq.errors import CalibrationError, PlanError, RecordingError, VerificationError
 from diffusers_ldmq.job import Settings, quantize_pipeline
 from diffusers_ldmq.layers import quantized_layers
 
@@ -39,7 +39,7 @@ def test_a_recording_without_calls_is_refused(denoiser_of: Make, recordings: Rec
 def test_no_inputs_and_no_steps_are_refused(make: Make) -> None:
     with pytest.raises(RecordingError, match="no inputs to record"):
         quantize_pipeline(make("pixel"), [])
-    with pytest.raises(RecordingError):
+    with pytest.raises(RecordingError, match="DDPMPipeline cannot be called with .*'num_inference_steps': 0"):
         quantize_pipeline(make("pixel"), [{"batch_size": 1, "num_inference_steps": 0}])
 
 
@@ -73,7 +73,7 @@ def test_the_plan_of_another_models_profile_is_refused(
 
 
 def test_a_recording_of_another_model_is_refused(denoiser_of: Make, recordings: Recordings) -> None:
-    with pytest.raises(LDMQError):
+    with pytest.raises(RecordingError, match="is of a UNet2DModel, not of this DiTTransformer2DModel"):
         profile_sqnr(denoiser_of("dit"), recordings("pixel"))
 
 

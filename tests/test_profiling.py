@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from diffusers_ldmq import Plan, Profile, ProfileSettings, Recording, calibrate, profile_sqnr
 from diffusers_ldmq.artifacts import LayerChoice
 from diffusers_ldmq.calls import run
-from diffusers_ldmq.errors import LDMQError
+from diffusers_ldmq.errors import LDMQError, PlanError
 from diffusers_ldmq.families import find_denoiser, layer_table
 from diffusers_ldmq.layers import quantize_layer
 from diffusers_ldmq.metrics import Power, sqnr_db, total
 from diffusers_ldmq.planners import low_precision
+from diffusers_ldmq.profiling import _spread
 from diffusers_ldmq.quantization import quantized_for_now
 
 Recordings = Callable[[str], Recording]
@@ -229,3 +231,64 @@ def test_a_profile_survives_its_file(kind: str, profiles: Profiles, tmp_path: Pa
 
 def test_two_profiles_are_equal(make: Callable[[str], Any], recordings: Recordings, profiles: Profiles) -> None:
     assert profile_sqnr(find_denoiser(make("dit"))[1], recordings("dit")) == profiles("dit")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "places"),
+    [(1, [9]), (2, [0, 9]), (3, [0, 8, 9]), (4, [0, 4, 8, 9]), (5, [0, 3, 5, 8, 9]), (10, range(10)), (99, range(10))],
+)
+def test_the_last_timestep_stands_alone_and_the_others_evenly_before_it(
+    wanted: int, places: Any, recordings: Recordings
+) -> None:
+    times = [float(100 - 10 * k) for k in range(10)]
+    call = recordings("dit").only("select").calls[0]
+    recording = replace(recordings("dit"), calls=tuple(replace(call, timestep=t, step=k) for k, t in enumerate(times)))
+    batches = _spread(recording, ProfileSettings(timesteps=wanted))
+    assert [batch.timestep for batch in batches] == [times[k] for k in places]
+    every = _spread(recording, ProfileSettings(timesteps=wanted, full=True, images=1))
+    assert [batch.timestep for batch in every] == times
+    assert every[0].output.shape[0] == 2  # one image, both guidance halves
+
+
+@pytest.mark.parametrize("name", ["timesteps", "images", "groups"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_profile_of_nothing_is_refused(
+    name: str, value: int, denoiser_of: DenoiserOf, recordings: Recordings
+) -> None:
+    settings = ProfileSettings(**{name: value})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PlanError, match=f"a profile of {value} {name} measures nothing; ask for at least 1"):
+        profile_sqnr(denoiser_of("dit"), recordings("dit"), settings)
+
+
+@pytest.mark.parametrize("settings", [{"scheme": "float"}, {"schemes": ("w8a8", "float")}])
+def test_the_float_scheme_cannot_be_profiled(settings: Any, denoiser_of: DenoiserOf, recordings: Recordings) -> None:
+    with pytest.raises(PlanError, match="the scheme 'float' makes no noise"):
+        profile_sqnr(denoiser_of("dit"), recordings("dit"), ProfileSettings(**settings))
+
+
+def test_what_the_planners_may_mix_is_always_measured(denoiser_of: DenoiserOf, recordings: Recordings) -> None:
+    settings = ProfileSettings(timesteps=1, scheme="w4a8", schemes=("w8a8",))
+    profile = profile_sqnr(denoiser_of("dit"), recordings("dit"), settings)
+    assert set(profile.layers[0].own) == {"w4a8", "w4a8-dyn", "w8a8", "w8a8-dyn", "w8a16", "a8"}
+    assert profile.settings["schemes"] == ["w8a8", "w4a8", "w4a8-dyn", "w8a8-dyn", "w8a16"]
+
+
+def test_a_full_profile_holds_both_directions_and_all_parts_of_every_block(
+    denoiser_of: DenoiserOf, recordings: Recordings, profiles: Profiles
+) -> None:
+    settings = ProfileSettings(timesteps=1, groups=1, schemes=("w8a8",), full=True)
+    profile = profile_sqnr(denoiser_of("dit"), recordings("dit"), settings)
+    kinds = [(curve.direction, curve.part) for curve in (profile.curve, *profile.curves)]
+    assert kinds == [(d, p) for d in ("forward", "backward") for p in ("both", "weight", "activation")]
+    assert profile.timesteps == profile.schedule == recordings("dit").only("select").timesteps()
+    assert {curve.groups for curve in profile.curves} == {tuple((block.name,) for block in profile.table.blocks)}
+    assert profile.curve.noise == profiles("dit").curve.noise  # which has all timesteps and blocks, too
+    assert profiles("dit").curves == ()
+
+
+def test_layers_that_share_an_input_are_told(profiles: Profiles) -> None:
+    attention = "mid_block.attentions.0"
+    shared = profiles("pixel").shared
+    assert (f"{attention}.to_q", f"{attention}.to_k", f"{attention}.to_v") in shared
+    assert len(shared) == 4
+    assert all(len(group) == 3 for group in shared)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_ldmq import (
@@ -142,11 +143,11 @@ def test_an_output_of_zero_is_refused(two: Profile) -> None:
 @pytest.fixture(scope="module")
 def trained() -> tuple[Recording, Profile]:
     """A recording of eight captions per call of the bundled model, 16 rows, and its profile."""
-    names, pipe = demo_captions(), DiffusionPipeline.from_pretrained(demo_model())
+    names, pipe = demo_captions(), DiffusionPipeline.from_pretrained(demo_model(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    inputs = [{"prompt": names[i : i + 8], "num_inference_steps": 3, "guidance_scale": 5.0} for i in range(0, 32, 8)]
+    inputs = [{"prompt": names[i : i + 8], "num_inference_steps": 4, "guidance_scale": 5.0} for i in range(0, 32, 8)]
     recording = record_calls(pipe, inputs)
-    settings = ProfileSettings(timesteps=2, schemes=("w8a8", "w8a8-dyn", "w8a16"), groups=4)
+    settings = ProfileSettings(schemes=("w8a8", "w8a8-dyn", "w8a16"), groups=2)
     return recording, profile_sqnr(find_denoiser(pipe)[1], recording, settings)
 
 
@@ -161,7 +162,7 @@ def test_on_the_trained_model_what_is_foretold_is_measured(
     denoiser, plan = denoiser_of("bundled"), make_plan(profile, target, planner=planner)
     told = predict(profile).sqnr_db(plan.quantized())
     if planner != "uniform":
-        assert plan.predicted_sqnr_db == told
+        assert plan.predicted_sqnr_db == pytest.approx(told)
     with quantized_for_now(denoiser, calibrate(denoiser, plan, recording)):
         assert verify(denoiser, recording, on="select").sqnr_db == pytest.approx(told, abs=1.0)
         if planner != "uniform":  # there a few clipped inputs of conv_in decide, which differ from prompt to prompt
