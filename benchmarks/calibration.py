@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from measuring import CALIBRATING_CALLS, FOLDERS, Results, call_seconds, pipeline, recorded, timed
+from measuring import CALIBRATING_CALLS, FOLDERS, Results, call_costs, pipeline, recorded, timed
 
 from diffusers_ldmq import Recording, calibrate, make_plan, profile_sqnr, verify
 from diffusers_ldmq.artifacts import Calibration, LayerChoice, Plan, Profile, Report
@@ -197,7 +197,7 @@ def costs(on: Bench, rounds: int) -> dict[str, Any]:
     return {
         **found,
         "times_less": middle(ratios),
-        "call_seconds": call_seconds(on.denoiser, batch),
+        "call_seconds": call_costs(on.denoiser, batch)[1],
         "prompt_batches": CALIBRATING_CALLS,
     }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -96,10 +97,15 @@ def timed(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def call_seconds(denoiser: nn.Module, batch: Batch, rounds: int = 5) -> float:
-    """Median seconds of one denoiser call, after one that is not counted."""
+def call_costs(denoiser: nn.Module, batch: Batch, calls: int = 5) -> tuple[float, float]:
+    """Median (processor seconds, seconds by the clock) of one denoiser call, after one that is not counted."""
     run(denoiser, batch)
-    return sorted(timed(lambda: run(denoiser, batch))[1] for _ in range(rounds))[rounds // 2]
+    found = []
+    for _ in range(calls):
+        cpu, wall = time.process_time(), time.perf_counter()
+        run(denoiser, batch)
+        found.append((time.process_time() - cpu, time.perf_counter() - wall))
+    return median(cpu for cpu, _ in found), median(wall for _, wall in found)
 
 
 class Results:

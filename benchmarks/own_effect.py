@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import UNet2DConditionModel
-from measuring import GUIDANCE, STEPS, Results, pipeline, recorded
+from measuring import GUIDANCE, STEPS, Results, call_costs, pipeline, recorded
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -40,10 +40,9 @@ from diffusers_ldmq.terminal import quiet_libraries
 
 SCHEMES = ("w8a8", "w4a8")
 PROBES = (1, 2, 4)
-COUNTS = (1, 2, 4, 8, 16, 32)
-"""Images whose figures are compared with those of the last."""
-SEED, CALLS = 7, 5
-"""Of all that is random; calls that are timed."""
+COUNTS, FEW = (1, 2, 4, 8, 16, 32), 4
+"""Images whose figures are compared with those of the last; points of the curves, of which only the end counts."""
+SEED = 7
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,17 +121,6 @@ def profiled(on: Bench) -> dict[str, Any]:
         "call_cpu_seconds": call_cpu,
         "own": {noise.name: {scheme: noise.own[scheme] for scheme in SCHEMES} for noise in profile.layers},
     }
-
-
-def call_costs(denoiser: nn.Module, batch: Batch) -> tuple[float, float]:
-    """Median (processor seconds, seconds by the clock) of one call."""
-    run(denoiser, batch)
-    found = []
-    for _ in range(CALLS):
-        cpu, wall = time.process_time(), time.perf_counter()
-        run(denoiser, batch)
-        found.append((time.process_time() - cpu, time.perf_counter() - wall))
-    return median(cpu for cpu, _ in found), median(wall for _, wall in found)
 
 
 def exact(on: Bench, name: str, batches: Sequence[Batch], ranges: dict[str, Any]) -> dict[str, list[float]]:
@@ -245,8 +233,9 @@ def convergence(on: Bench) -> dict[str, Any]:
     parts = (captions[:8], captions[8:16], captions, captions[24:])
     inputs = [{"prompt": part, **options} for part in parts]
     recording = record_calls(pipe, inputs, selection="first-step")
+    settings = replace(on.settings, groups=FEW, schemes=("w8a16", "w8a8", "w8a8-dyn"))
     profiles = {
-        count: profile_sqnr(find_denoiser(pipe)[1], recording, replace(on.settings, images=count)) for count in COUNTS
+        count: profile_sqnr(find_denoiser(pipe)[1], recording, replace(settings, images=count)) for count in COUNTS
     }
     schemes = make_plan(profiles[COUNTS[-1]]).quantized()
     rows = {count: figures(profile, schemes) for count, profile in profiles.items()}
@@ -258,6 +247,18 @@ def convergence(on: Bench) -> dict[str, Any]:
         }
         for name in most
     }
+
+
+def print_probes(on: Bench, results: Results, layers: dict[str, Any]) -> None:
+    """Own effects of few and many passes."""
+    profile, ranges = results.rows["profile"], on.ranges()
+    batches, call = on.batches(profile["timesteps"]), profile["call_cpu_seconds"]
+    for passes in PROBES:
+        name = f"{passes} probing passes"
+        probes = results.row(name, lambda n=passes: probed(on, batches, ranges, n, call))
+        rows = results.row(f"agreement, {name}", lambda p=probes: compared_probes(on, p, layers))
+        for label, row in rows.items():
+            show(f"{label}, {name}", row)
 
 
 def show(label: str, row: dict[str, float]) -> None:
@@ -284,14 +285,8 @@ def main(
     typer.echo(str(results.row("additivity", lambda: additivity(on, results, single.rows))))
     for label, row in results.row("agreement", lambda: compared(on, profile, single.rows)).items():
         show(label, row)
-    for passes in PROBES:
-        name = f"{passes} probing passes"
-        probes = results.row(name, lambda n=passes: probed(on, batches, ranges, n, profile["call_cpu_seconds"]))
-        for label, row in results.row(
-            f"agreement, {name}", lambda p=probes: compared_probes(on, p, single.rows)
-        ).items():
-            show(f"{label}, {name}", row)
     if model == "bundled":
+        print_probes(on, results, single.rows)
         for name, row in results.row("convergence", lambda: convergence(on)).items():
             typer.echo(f"{name:22s} " + ", ".join(f"{count} images {value:.2f} dB" for count, value in row.items()))
 
