@@ -46,6 +46,7 @@ TARGET_HELP = (
 )
 Target = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 Corrections = Annotated[str, typer.Option(help=f"none, auto (try all on the worst layers), or of {', '.join(DEFAULT)}")]
+CorrectedLayers = Annotated[int, typer.Option(min=1, help="how many layers, noisiest first, to try corrections on")]
 Pngs = Annotated[bool, typer.Option("--pngs", help="also write every figure as a PNG beside it")]
 Full = Annotated[
     bool,

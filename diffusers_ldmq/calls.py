@@ -154,6 +154,17 @@ def parts(batch: Batch, rows: int) -> Iterator[Batch]:
         yield Batch(unflatten(chosen), batch.output[keep], batch.timestep)
 
 
+def repeated(batch: Batch, times: int) -> Batch:
+    """The batch with all its rows so many times, one copy after the other."""
+    whole = batch.output.shape[0]
+    keep = torch.arange(whole).repeat(times)
+    if times == 1:
+        return batch
+    flat = flatten(batch.kwargs)
+    chosen = {p: _rows(v, p, whole, keep) if isinstance(v, Tensor) else v for p, v in flat.items()}
+    return Batch(unflatten(chosen), batch.output[keep], batch.timestep)
+
+
 def run(denoiser: nn.Module, batch: Batch) -> Tensor:
     """The denoiser's output for a batch, without dropout, at its own dtype and device, as fp32 on the CPU."""
     with torch.no_grad():

@@ -24,6 +24,7 @@ from .recording import record_calls, try_one_step
 from .settings import Outcome, Settings, corrections_of
 from .tables import LayerTable
 from .timing import layer_times
+from .verification import floating_dtype
 
 __all__ = ["Outcome", "Progress", "Settings", "quantize_pipeline"]
 
@@ -68,7 +69,7 @@ def quantize_pipeline(
         told("time layers", 0, 1)
         batch = recording.batch(recording.only("select").calls[0])
         timed = tuple(scheme for scheme in candidates(settings.scheme) if scheme != "float")
-        times = layer_times(reload, batch, timed, settings.dtype)
+        times = layer_times(reload, batch, timed, settings.dtype or floating_dtype(denoiser))
         told("time layers", 1, 1)
     job = Job(recording, table, profile, times, settings, target, told)
     outcome, denoiser = job.until_met(denoiser, reload)
@@ -95,8 +96,13 @@ def _profile(
     if decided and not raisable and not corrections_of(settings.corrections):
         return None
     kept = kept_layers(layer_table(denoiser), settings.keep_float)
+    given = settings.plan.quantized().values() if settings.plan else ()
     wanted = ProfileSettings(
-        scheme=settings.scheme, selection=settings.calibration, observer=settings.observer, keep_float=kept
+        scheme=settings.scheme,
+        schemes=tuple(dict.fromkeys((*ProfileSettings().schemes, *given))),
+        selection=settings.calibration,
+        observer=settings.observer,
+        keep_float=kept,
     )
     return profile_sqnr(denoiser, recording, wanted, progress=_stage(told, "profile"))
 

@@ -21,7 +21,7 @@ from .affine import QParams, qdq, token_qparams, weight_rows
 from .allocator import give_back
 from .artifacts import LayerNoise
 from .calibration import weight_scales
-from .calls import Batch, evaluating, forward, parts, run
+from .calls import Batch, evaluating, forward, parts, repeated, run
 from .errors import PlanError
 from .metrics import energy
 from .observers import Observer
@@ -54,14 +54,16 @@ class NoiseProbes:
     row_bytes: list[int] = field(default_factory=list)
 
     def measure(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator, probes: int = 1) -> None:
-        """Add one batch's powers; own effects as the mean over `probes` random probes of its rows.
+        """Add one batch's powers; own effects as the mean over up to `probes` random probes of each of its rows, as
+        many as fit. Every probe is a copy of the rows in the backward pass; errors are formed once for all of them.
 
         The passes run with gradient checkpointing where the denoiser offers it, and on few rows at a time where layers
         give much, so that they take little more memory than a call.
         """
-        rows = max(1, ROOM // self._bytes_per_row(denoiser, batch))
-        for part in parts(batch, rows):
-            self._measure(denoiser, part, generator, probes)
+        fitting = max(1, ROOM // self._bytes_per_row(denoiser, batch))
+        copies = min(probes, fitting)
+        for part in parts(batch, fitting // copies):
+            self._measure(denoiser, part, generator, copies)
 
     def _bytes_per_row(self, denoiser: nn.Module, batch: Batch) -> int:
         """Bytes that all the layers' outputs take for one row of the batch; measured once."""
@@ -77,14 +79,13 @@ class NoiseProbes:
             self.row_bytes.append(max(sum(found) // batch.output.shape[0], 1))
         return self.row_bytes[0]
 
-    def _measure(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator, probes: int) -> None:
-        for number in range(probes):
-            passing = _Pass(self, batch, 1 / probes, first=number == 0)
-            # what is recomputed in the backward pass must be without dropout, too
-            with self._listening(passing), _differentiable(denoiser), evaluating(denoiser), torch.enable_grad():
-                output = forward(denoiser, batch)
-                signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
-                output.backward(signs.to(output))
+    def _measure(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator, copies: int) -> None:
+        passing = _Pass(self, batch, copies)
+        # what is recomputed in the backward pass must be without dropout, too
+        with self._listening(passing), _differentiable(denoiser), evaluating(denoiser), torch.enable_grad():
+            output = forward(denoiser, repeated(batch, copies))
+            signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+            output.backward(signs.to(output))
 
     @contextmanager
     def _listening(self, passing: "_Pass") -> Iterator[None]:
@@ -175,12 +176,11 @@ class NoiseProbes:
 
 @dataclass(slots=True)
 class _Pass:
-    """One forward and backward pass of one batch. share: of this probe in the mean; first: also the local powers."""
+    """One forward and backward pass of one batch, whose rows run `copies` times, each with random signs of its own."""
 
     probes: NoiseProbes
     batch: Batch
-    share: float
-    first: bool
+    copies: int
     inputs: dict[str, tuple[ReferenceType[Tensor], list[str]]] = field(default_factory=dict)
     passed: int = 0
 
@@ -216,18 +216,21 @@ class _Pass:
         self._tidy(output)
         found, t = self.probes, self.batch.timestep
         rows = self.batch.output.shape[0]
-        # rows that one image's data spread over belong to one sample: their errors do not arrive independently
-        rows = rows if output.shape[0] % rows == 0 else 1
-        if self.first:
-            weight = found.layers[name].weight
-            found.macs[name] = found.macs.get(name, 0) + output.numel() * weight[0].numel()
-            found.signal[name, t] = found.signal.get((name, t), 0.0) + energy(output)
-        for scheme, error in found.errors(name, x, output):
+        # what does not come row by row (or copy by copy) is one sample: its errors do not arrive independently
+        if output.shape[0] % (rows * self.copies):
+            rows, copies = 1, 1
+        else:
+            copies = self.copies
+        first, inputs = output[: len(output) // copies], x[: len(x) // copies]
+        weight = found.layers[name].weight
+        found.macs[name] = found.macs.get(name, 0) + first.numel() * weight[0].numel()
+        found.signal[name, t] = found.signal.get((name, t), 0.0) + energy(first)
+        gradient = gradient.reshape(copies, *first.shape)
+        for scheme, error in found.errors(name, inputs, first):
             key = (name, scheme, t)
-            if self.first:
-                found.noise[key] = found.noise.get(key, 0.0) + energy(error)
-            effect = float((error * gradient).reshape(rows, -1).double().sum(1).square().sum())
-            found.own[key] = found.own.get(key, 0.0) + self.share * effect
+            found.noise[key] = found.noise.get(key, 0.0) + energy(error)
+            effect = float((error * gradient).reshape(copies * rows, -1).double().sum(1).square().sum())
+            found.own[key] = found.own.get(key, 0.0) + effect / self.copies
 
 
 class _Tap(torch.autograd.Function):

@@ -15,6 +15,7 @@ from .tables import LayerTimes
 class Settings:
     """What to do. keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
     corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
+    corrected_layers: how many of those that cause most noise are tried;
     dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image."""
 
     planner: str = "hybrid"
@@ -23,6 +24,7 @@ class Settings:
     observer: str = "minmax-affine"
     keep_float: str = "default"
     corrections: str = "none"
+    corrected_layers: int = 8
     target: str | None = None
     plan: Plan | None = None
     dtype: torch.dtype | None = None
