@@ -199,6 +199,7 @@ ORDER = (
     ("plugin",),
     ("closed_loop",),
     ("job",),
+    ("checkpoints",),
     ("pipeline",),
     ("pictures", "drawing", "sampling"),
     ("plots", "network_plots"),
