@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from diffusers_ldmq import calibrate, make_plan, profile_sqnr, quantize, verify
 from diffusers_ldmq.artifacts import Calibration, Plan, Profile, Trial
-from diffusers_ldmq.closed_loop import CORRECTED_LAYERS
 from diffusers_ldmq.correction import apply_everywhere, correct
 from diffusers_ldmq.families import find_denoiser
 from diffusers_ldmq.metrics import sqnr
 from diffusers_ldmq.pictures import picture_scores
 from diffusers_ldmq.planners import Target, fp32_bytes, integer_share, plan_bytes, predict
 from diffusers_ldmq.planners.budget import MOST_BYTES
+from diffusers_ldmq.settings import Settings
 from diffusers_ldmq.specs import parse_scheme
 from diffusers_ldmq.summary import sqnr_data
 from diffusers_ldmq.terminal import quiet_libraries
@@ -197,7 +197,7 @@ def corrected(on: Bench, calibration: Calibration, version: Version) -> tuple[Ca
         return calibration, ()
     schemes, effects = calibration.plan.quantized(), predict(on.profile).total
     integer = [name for name, scheme in schemes.items() if parse_scheme(scheme).is_integer]
-    worst = sorted(integer, key=lambda name: -effects[name][schemes[name]])[:CORRECTED_LAYERS]
+    worst = sorted(integer, key=lambda name: -effects[name][schemes[name]])[: Settings().corrected_layers]
     left = None if version.most_bytes is None else version.most_bytes - plan_bytes(on.profile.table, schemes)
     return correct(on.float_denoiser, calibration, recording, layers=worst, most_bytes=left)
 

@@ -10,13 +10,14 @@ import torch
 import typer
 
 from .backends import fast_dtype
+from .checkpoints import stored_config
 from .correction import DEFAULT
 from .demo import MODEL, demo_captions, demo_model, demo_prompts
 from .errors import LDMQError, OutputError, PlanError
 from .inputs import default_inputs, read_inputs, read_prompts
 from .observers import OBSERVERS
 from .output import refuse_file, refuse_folder
-from .pipeline import QuantizedLDMPipeline, load_pipeline, stored_config
+from .pipeline import QuantizedLDMPipeline, load_pipeline
 from .planners import PLANNERS, parse_target
 from .selections import SELECTIONS
 from .specs import parse_scheme
@@ -46,6 +47,7 @@ TARGET_HELP = (
 )
 Target = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 Corrections = Annotated[str, typer.Option(help=f"none, auto (try all on the worst layers), or of {', '.join(DEFAULT)}")]
+CorrectedLayers = Annotated[int, typer.Option(min=1, help="how many layers, noisiest first, to try corrections on")]
 Pngs = Annotated[bool, typer.Option("--pngs", help="also write every figure as a PNG beside it")]
 Full = Annotated[
     bool,

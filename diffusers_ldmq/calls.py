@@ -141,6 +141,30 @@ def _rows(value: Tensor, path: str, rows: int, keep: Tensor | None) -> Tensor:
     return value if keep is None or shared else value[keep]
 
 
+def parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    """The batch in parts of at most so many rows."""
+    whole = batch.output.shape[0]
+    if rows >= whole:
+        yield batch
+        return
+    flat = flatten(batch.kwargs)
+    for start in range(0, whole, rows):
+        keep = torch.arange(start, min(start + rows, whole))
+        chosen = {p: _rows(v, p, whole, keep) if isinstance(v, Tensor) else v for p, v in flat.items()}
+        yield Batch(unflatten(chosen), batch.output[keep], batch.timestep)
+
+
+def repeated(batch: Batch, times: int) -> Batch:
+    """The batch with all its rows so many times, one copy after the other."""
+    whole = batch.output.shape[0]
+    keep = torch.arange(whole).repeat(times)
+    if times == 1:
+        return batch
+    flat = flatten(batch.kwargs)
+    chosen = {p: _rows(v, p, whole, keep) if isinstance(v, Tensor) else v for p, v in flat.items()}
+    return Batch(unflatten(chosen), batch.output[keep], batch.timestep)
+
+
 def run(denoiser: nn.Module, batch: Batch) -> Tensor:
     """The denoiser's output for a batch, without dropout, at its own dtype and device, as fp32 on the CPU."""
     with torch.no_grad():

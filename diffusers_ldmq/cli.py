@@ -8,7 +8,6 @@ import typer
 
 from . import arguments as arg
 from .artifacts import Plan, Profile
-from .closed_loop import corrections_of
 from .demo import MODEL
 from .demo.job import refuse_demo_folder, run_demo
 from .families import find_denoiser, layer_table
@@ -30,8 +29,9 @@ from .planning import kept_layers, make_plan
 from .profiling import ProfileSettings, profile_sqnr
 from .recording import record_calls, try_one_step
 from .report import write_report
-from .report_inputs import stored_inputs, with_pictures, with_times
+from .report_inputs import refuse_other_model, stored_inputs, with_pictures, with_times
 from .sampling import Sampling, sample_pictures
+from .settings import corrections_of
 from .summary import Summary, scores_data, scores_table, summary_data, summary_table
 from .terminal import console, quiet_libraries, say, stages, tell
 
@@ -75,6 +75,7 @@ def quantize(
     observer: arg.Observer = "minmax-affine",
     keep_float: arg.KeepFloat = "default",
     corrections: arg.Corrections = "none",
+    corrected_layers: arg.CorrectedLayers = 8,
     target: arg.Target = None,
     prompts: arg.Prompts = None,
     inputs: arg.Inputs = None,
@@ -99,6 +100,7 @@ def quantize(
         observer=observer,
         keep_float=keep_float,
         corrections=corrections,
+        corrected_layers=corrected_layers,
         target=target,
         plan=Plan.load(plan) if plan else None,
         dtype=arg.checked_dtype(dtype, device),
@@ -264,6 +266,7 @@ def report(
     shown = stored_inputs(model, pipe)
     if original is not None:
         source = arg.load_float(original, device)
+        refuse_other_model(shown, original, find_denoiser(source)[1])
         calls = given.calls(source, steps)
         load = denoiser_loader(arg.model_path(original), device)
         with stages() as told:

@@ -12,15 +12,14 @@ from .allocator import give_back
 from .artifacts import Calibration, Plan, Profile, Report, Trial
 from .calibration import calibrate
 from .calls import Recording
-from .correction import DEFAULT, correct
-from .corrections import CORRECTIONS
+from .correction import correct
 from .demands import keeps, refuse_overrun, short_db, too_slow
 from .errors import PlanError
-from .metrics import sqnr_db
 from .planners import Target, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now
+from .settings import Outcome, Settings, corrections_of
 from .specs import parse_scheme
 from .tables import LayerTable, LayerTimes
 from .timing import measured_speedup
@@ -34,50 +33,8 @@ MARGIN_SPEED = 1.02
 """How much more than what it missed by a plan must be faster."""
 MOST_ROUNDS = 4
 """How often a plan is made again for speed before the target is given up."""
-CORRECTED_LAYERS = 8
-"""How many layers, those that cause most noise at the output, are corrected where corrections are asked for."""
 
 Load = Callable[[], nn.Module]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What to do. keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
-    corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
-    dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image."""
-
-    planner: str = "hybrid"
-    scheme: str = "w8a8"
-    calibration: str = "first-step"
-    observer: str = "minmax-affine"
-    keep_float: str = "default"
-    corrections: str = "none"
-    target: str | None = None
-    plan: Plan | None = None
-    dtype: torch.dtype | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """Everything the job measured and decided. profile: None where none was needed; times: None without a target on
-    speed."""
-
-    recording: Recording
-    profile: Profile | None
-    plan: Plan
-    report: Report
-    times: LayerTimes | None = None
-
-
-def corrections_of(text: str) -> tuple[str, ...]:
-    """Names of the corrections that 'none', 'auto' or a list with commas asks for. Raises LDMQError for others."""
-    if text in ("none", "auto"):
-        return () if text == "none" else DEFAULT
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        CORRECTIONS[name]
-    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +137,10 @@ class Job:
         if self.target is None or self.target.min_sqnr_db is None:
             return plan
         while True:
-            with quantized_for_now(denoiser, self.calibrated(denoiser, plan)):
-                report = verify(denoiser, self.recording, on="select", progress=self.stage("check target"))
+            calibration = self.calibrated(denoiser, plan)
+            report = self._on_select(denoiser, calibration)
+            if short_db(self.target, report) + margin > 0 and self.settings.corrections != "none":
+                report = self._on_select(denoiser, self._corrected(denoiser, calibration)[0])
             short = short_db(self.target, report)
             raised = self.higher(plan, max(short + margin, 0.0) + MARGIN_DB)
             if short + margin <= 0 or (raised is None and short <= 0):
@@ -195,6 +154,10 @@ class Job:
             told = "%.1f dB on select calls, %.1f dB short of %s: planning higher"
             logger.info(told, report.sqnr_db, short + margin, self.target.text)
             plan = raised
+
+    def _on_select(self, denoiser: nn.Module, calibration: Calibration) -> Report:
+        with quantized_for_now(denoiser, calibration):
+            return verify(denoiser, self.recording, on="select", progress=self.stage("check target"))
 
     def calibrated(self, denoiser: nn.Module, plan: Plan) -> Calibration:
         """States of the layers under a plan."""
@@ -237,29 +200,29 @@ class Job:
             return calibration, ()
         effects, schemes = predict(self.profile).total, calibration.plan.quantized()
         ranked = sorted(schemes, key=lambda name: -effects[name].get(schemes[name], 0.0))
-        worst = [name for name in ranked if parse_scheme(schemes[name]).is_integer][:CORRECTED_LAYERS]
         limit = self.target.byte_limit(self.table) if self.target else None
+        if self.target is not None and self.target.min_integer_share is not None:
+            names = tuple(name for name in names if name != "low-rank")  # its branch is float work
         return correct(
             denoiser,
             calibration,
             self.recording,
-            layers=worst,
+            layers=ranked[: self.settings.corrected_layers],
             corrections=names,
             most_bytes=None if limit is None else max(limit - plan_bytes(self.table, schemes), 0),
             progress=self.stage("correct"),
         )
 
     def _foretold(self, plan: Plan, trials: tuple[Trial, ...]) -> Plan:
-        """The plan, whose prediction counts what kept corrections brought at their layers."""
-        kept = {trial.layer: trial for trial in trials if trial.kept}
-        if self.profile is None or not kept or plan.predicted_sqnr_db is None:
+        """The plan with the profile's prediction, counting what kept corrections brought at their layers."""
+        if self.profile is None:
             return plan
-        prediction, schemes = predict(self.profile), plan.quantized()
-        saved = [
-            prediction.total[name][schemes[name]] * (1 - 10 ** ((trial.layer_db[0] - trial.layer_db[1]) / 10))
-            for name, trial in kept.items()
-        ]
-        return replace(plan, predicted_sqnr_db=sqnr_db(1.0, prediction.nsr(schemes) - sum(saved)))
+        left = {t.layer: 10 ** ((t.layer_db[0] - t.layer_db[1]) / 10) for t in trials if t.kept}
+        prediction, schemes = predict(self.profile).corrected(left), plan.quantized()
+        if not all(scheme in prediction.total[name] for name, scheme in schemes.items()):
+            return plan  # a plan that was given may have schemes that were never measured
+        reasons = {**plan.reasons, "predicted_curve_db": prediction.curve_db(schemes)}
+        return replace(plan, reasons=reasons, predicted_sqnr_db=prediction.sqnr_db(schemes))
 
     def speedup(self, denoiser: nn.Module, load: Load | None) -> float | None:
         """Measured over the float model in its fastest dtype; None where no target asks for it."""

@@ -11,7 +11,7 @@ from torch import nn
 from .artifacts import Profile
 from .calibration import check_plan
 from .calls import Recording
-from .closed_loop import Job, Outcome, Settings, corrections_of
+from .closed_loop import Job
 from .errors import LDMQError, PlanError, RecordingError
 from .families import find_denoiser, layer_table
 from .planners import Target, candidates, fp32_bytes, parse_target, plan_bytes
@@ -21,8 +21,10 @@ from .profiling import ProfileSettings, profile_sqnr
 from .progress import StageProgress as Progress
 from .quantization import refuse_unfit
 from .recording import record_calls, try_one_step
+from .settings import Outcome, Settings, corrections_of
 from .tables import LayerTable
 from .timing import layer_times
+from .verification import floating_dtype
 
 __all__ = ["Outcome", "Progress", "Settings", "quantize_pipeline"]
 
@@ -67,7 +69,7 @@ def quantize_pipeline(
         told("time layers", 0, 1)
         batch = recording.batch(recording.only("select").calls[0])
         timed = tuple(scheme for scheme in candidates(settings.scheme) if scheme != "float")
-        times = layer_times(reload, batch, timed, settings.dtype)
+        times = layer_times(reload, batch, timed, settings.dtype or floating_dtype(denoiser))
         told("time layers", 1, 1)
     job = Job(recording, table, profile, times, settings, target, told)
     outcome, denoiser = job.until_met(denoiser, reload)
@@ -94,8 +96,13 @@ def _profile(
     if decided and not raisable and not corrections_of(settings.corrections):
         return None
     kept = kept_layers(layer_table(denoiser), settings.keep_float)
+    given = settings.plan.quantized().values() if settings.plan else ()
     wanted = ProfileSettings(
-        scheme=settings.scheme, selection=settings.calibration, observer=settings.observer, keep_float=kept
+        scheme=settings.scheme,
+        schemes=tuple(dict.fromkeys((*ProfileSettings().schemes, *given))),
+        selection=settings.calibration,
+        observer=settings.observer,
+        keep_float=kept,
     )
     return profile_sqnr(denoiser, recording, wanted, progress=_stage(told, "profile"))
 

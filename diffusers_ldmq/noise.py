@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .affine import QParams, qdq, token_qparams, weight_rows
+from .allocator import give_back
 from .artifacts import LayerNoise
 from .calibration import weight_scales
-from .calls import Batch, evaluating, forward
+from .calls import Batch, evaluating, forward, parts, repeated, run
 from .errors import PlanError
 from .metrics import energy
 from .observers import Observer
@@ -28,6 +29,10 @@ from .specs import QuantSpec, Scheme, parse_scheme
 
 ACTIVATION_ONLY = "a8"
 """Key of the noise of an 8-bit static input against a float weight."""
+ROOM = 2**28
+"""Bytes of layer outputs that a probing pass may go through at a time: more rows are taken one part after another."""
+TRIM = 2**27
+"""After so many bytes of layer outputs freed memory goes back to the system: it would add up to gigabytes."""
 
 
 @dataclass(slots=True)
@@ -46,20 +51,41 @@ class NoiseProbes:
     macs: dict[str, int] = field(default_factory=dict)
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     qparams: dict[tuple[str, str, QuantSpec], QParams] = field(default_factory=dict)
+    row_bytes: list[int] = field(default_factory=list)
 
     def measure(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator, probes: int = 1) -> None:
-        """Add one batch's powers; own effects as the mean over `probes` random probes of its rows.
+        """Add one batch's powers; own effects as the mean over up to `probes` random probes of each of its rows, as
+        many as fit. Every probe is a copy of the rows in the backward pass; errors are formed once for all of them.
 
-        The passes run with gradient checkpointing where the denoiser offers it, so that they take little more memory
-        than a call.
+        The passes run with gradient checkpointing where the denoiser offers it, and on few rows at a time where layers
+        give much, so that they take little more memory than a call.
         """
-        for number in range(probes):
-            passing = _Pass(self, batch, 1 / probes, first=number == 0)
-            # what is recomputed in the backward pass must be without dropout, too
-            with self._listening(passing), _differentiable(denoiser), evaluating(denoiser), torch.enable_grad():
-                output = forward(denoiser, batch)
-                signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
-                output.backward(signs.to(output))
+        fitting = max(1, ROOM // self._bytes_per_row(denoiser, batch))
+        copies = min(probes, fitting)
+        for part in parts(batch, fitting // copies):
+            self._measure(denoiser, part, generator, copies)
+
+    def _bytes_per_row(self, denoiser: nn.Module, batch: Batch) -> int:
+        """Bytes that all the layers' outputs take for one row of the batch; measured once."""
+        if not self.row_bytes:
+            found: list[int] = []
+            look = lambda module, args, output: found.append(output.numel() * output.element_size())  # noqa: E731
+            handles = [layer.register_forward_hook(look) for layer in self.layers.values()]
+            try:
+                run(denoiser, batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            self.row_bytes.append(max(sum(found) // batch.output.shape[0], 1))
+        return self.row_bytes[0]
+
+    def _measure(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator, copies: int) -> None:
+        passing = _Pass(self, batch, copies)
+        # what is recomputed in the backward pass must be without dropout, too
+        with self._listening(passing), _differentiable(denoiser), evaluating(denoiser), torch.enable_grad():
+            output = forward(denoiser, repeated(batch, copies))
+            signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+            output.backward(signs.to(output))
 
     @contextmanager
     def _listening(self, passing: "_Pass") -> Iterator[None]:
@@ -75,12 +101,12 @@ class NoiseProbes:
         layer = self.layers[name]
         parsed = [parse_scheme(scheme) for scheme in self.schemes]
         parsed.append(Scheme(ACTIVATION_ONLY, None, QuantSpec(8, "tensor")))
-        weights = {spec: self._weight(name, spec) for spec in dict.fromkeys(s.weight for s in parsed)}
-        for spec in dict.fromkeys(s.activation for s in parsed):
-            rounded = self._input(name, x, spec)
+        rounded = {spec: self._input(name, x, spec) for spec in dict.fromkeys(s.activation for s in parsed)}
+        for spec in dict.fromkeys(s.weight for s in parsed):
+            weight = self._weight(name, spec)
             for scheme in parsed:
-                if scheme.activation == spec:
-                    yield scheme.name, dense(layer, rounded, weights[scheme.weight]).sub_(output)
+                if scheme.weight == spec:
+                    yield scheme.name, dense(layer, rounded[scheme.activation], weight).sub_(output)
 
     def _weight(self, name: str, spec: QuantSpec | None) -> Tensor:
         weight = self.layers[name].weight.detach()
@@ -150,17 +176,18 @@ class NoiseProbes:
 
 @dataclass(slots=True)
 class _Pass:
-    """One forward and backward pass of one batch. share: of this probe in the mean; first: also the local powers."""
+    """One forward and backward pass of one batch, whose rows run `copies` times, each with random signs of its own."""
 
     probes: NoiseProbes
     batch: Batch
-    share: float
-    first: bool
+    copies: int
     inputs: dict[str, tuple[ReferenceType[Tensor], list[str]]] = field(default_factory=dict)
+    passed: int = 0
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def tap(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             self._note_reader(name, args[0])
+            self._tidy(output)
             if not output.requires_grad:  # nothing before this layer depends on what is differentiated
                 output = output.detach().requires_grad_()
             return _Tap.apply(output, args[0], lambda *seen: self.see(name, *seen))  # pyright: ignore
@@ -178,22 +205,32 @@ class _Pass:
             names.append(name)
         self.probes.readers.update(dict.fromkeys(names, tuple(names)))
 
+    def _tidy(self, output: Tensor) -> None:
+        self.passed += output.numel() * output.element_size()
+        if self.passed > TRIM:
+            give_back()
+            self.passed = 0
+
     def see(self, name: str, output: Tensor, x: Tensor, gradient: Tensor) -> None:
         """Add what the layer's errors are here and what they would become at the denoiser's output."""
+        self._tidy(output)
         found, t = self.probes, self.batch.timestep
         rows = self.batch.output.shape[0]
-        # rows that one image's data spread over belong to one sample: their errors do not arrive independently
-        rows = rows if output.shape[0] % rows == 0 else 1
-        if self.first:
-            weight = found.layers[name].weight
-            found.macs[name] = found.macs.get(name, 0) + output.numel() * weight[0].numel()
-            found.signal[name, t] = found.signal.get((name, t), 0.0) + energy(output)
-        for scheme, error in found.errors(name, x, output):
+        # what does not come row by row (or copy by copy) is one sample: its errors do not arrive independently
+        if output.shape[0] % (rows * self.copies):
+            rows, copies = 1, 1
+        else:
+            copies = self.copies
+        first, inputs = output[: len(output) // copies], x[: len(x) // copies]
+        weight = found.layers[name].weight
+        found.macs[name] = found.macs.get(name, 0) + first.numel() * weight[0].numel()
+        found.signal[name, t] = found.signal.get((name, t), 0.0) + energy(first)
+        gradient = gradient.reshape(copies, *first.shape)
+        for scheme, error in found.errors(name, inputs, first):
             key = (name, scheme, t)
-            if self.first:
-                found.noise[key] = found.noise.get(key, 0.0) + energy(error)
-            effect = float((error * gradient).reshape(rows, -1).double().sum(1).square().sum())
-            found.own[key] = found.own.get(key, 0.0) + self.share * effect
+            found.noise[key] = found.noise.get(key, 0.0) + energy(error)
+            effect = float((error * gradient).reshape(copies * rows, -1).double().sum(1).square().sum())
+            found.own[key] = found.own.get(key, 0.0) + effect / self.copies
 
 
 class _Tap(torch.autograd.Function):

@@ -3,36 +3,32 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
 
 from .artifacts import Plan, Profile, Report
-from .demo import MODEL, demo_captions, demo_model
-from .errors import CheckpointError, LDMQError
-from .families import FAMILIES, find_denoiser
+from .checkpoints import HUB_OPTIONS, SIDE_FILES, known, original_name, refuse_unknown, side_files, stored_config
+from .demo import MODEL, demo_captions
+from .errors import LDMQError
+from .families import find_denoiser
 from .inputs import default_inputs
 from .job import Outcome, Progress, Settings, quantize_pipeline
 from .output import folder_beside
 from .planners import PLANNERS
-from .plugin import NAME, stored
+from .plugin import stored
 from .quantization import STORAGE_DTYPE
-from .serialization import read_json, write_json
+from .serialization import write_json
 
+SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in ("plan", "target", "dtype"))
+"""Keywords of from_pretrained that are fields of Settings."""
 __all__ = [
     "Outcome",
     "QuantizedLDMPipeline",
@@ -43,28 +39,16 @@ __all__ = [
 ]
 
 
-def _known(model: str | os.PathLike[str]) -> str:
-    """The model's name, the bundled model's folder for its word. Raises LDMQError unless it is a pipeline folder or
-    looks like a hub id."""
-    text = os.fspath(model)
-    if text == MODEL and not Path(text).exists():
-        return os.fspath(demo_model())
-    path = Path(text)
-    if path.exists():
-        if not (path / "model_index.json").is_file():
-            raise LDMQError(f"{text}: is no diffusers pipeline folder (it has no model_index.json)")
-    elif text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text:
-        raise LDMQError(f"{text}: no such folder; give a local pipeline folder or a hub id such as owner/name")
-    return text
-
-
 def load_pipeline(
-    model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | None = None
+    model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | None = None, **options: Any
 ) -> DiffusionPipeline:
-    """The pipeline in a local folder or under a hub id. Raises LDMQError in one line if it cannot be had."""
-    text = _known(model)
+    """The pipeline in a local folder or under a hub id. options: of DiffusionPipeline.from_pretrained.
+
+    Raises LDMQError in one line if it cannot be had.
+    """
+    text = known(model)
     try:
-        pipe = DiffusionPipeline.from_pretrained(text, dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(text, dtype=dtype, **options)
     except LDMQError:
         raise
     except (OSError, ValueError, LookupError, TypeError, HfHubHTTPError, AttributeError, ImportError) as cause:
@@ -120,10 +104,6 @@ def _fits_16_bits(model: ModelMixin) -> bool:
     return all(stored("", value).dtype != torch.float32 for value in model.state_dict().values())
 
 
-SIDE_FILES: dict[str, Any] = {"plan": Plan, "report": Report, "profile": Profile}
-"""What stands beside the components in a folder that `save_pipeline` wrote."""
-
-
 class QuantizedLDMPipeline:
     """A mixin over the loaded pipeline's own class: `isinstance` holds for both, everything else is the pipeline's.
 
@@ -147,31 +127,36 @@ class QuantizedLDMPipeline:
     ) -> Any:
         """Load a quantized checkpoint, or load a float model and quantize it.
 
-        plan: a planner's name ('hybrid', 'uniform'), a Plan or a path to one; default 'hybrid'. inputs: prompts, or
-        dicts of `__call__` arguments, to record (default: captions of ours). settings: everything else; its planner,
-        plan and target give way to the arguments. kwargs: `dtype` / `torch_dtype`, `device`, `steps`, `progress`.
-        Raises LDMQError; for a quantized checkpoint given `plan` or `target` it says what to load instead.
+        plan: a planner's name ('hybrid', 'budget', 'uniform'), a Plan or a path to one; default 'hybrid'. inputs
+        (or prompts): prompts, or dicts of `__call__` arguments, to record (default: captions of ours). settings:
+        everything else; fields of Settings may be given as keywords too (`calibration`, `corrections`, ...) and, as
+        plan and target, go before it. Other keywords: `dtype` / `torch_dtype`, `device`, `steps`, `progress`; the rest
+        is DiffusionPipeline.from_pretrained's (`revision`, `variant`, `safety_checker`, ...).
+        Raises LDMQError; for a quantized checkpoint given what quantizes it says what to load instead.
         """
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        options = _Options(**kwargs)
+        asked = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS}
+        options = _Options(kwargs)
+        inputs = kwargs.pop("prompts", None) if inputs is None else inputs
         if inputs is None and os.fspath(model) == MODEL:
             inputs = demo_captions()
-        model = _known(model)
-        config = stored_config(model)
+        model, hub = known(model), {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+        refuse_unknown(model, kwargs, **hub)
+        config = stored_config(model, **hub)
         if config is not None:
-            if plan is not None or target is not None:
+            if plan is not None or target is not None or asked:
                 raise LDMQError(
-                    f"{model}: is quantized already; leave plan and target out to load it, or give the original float "
-                    f"model{_original(model)} to quantize anew"
+                    f"{model}: is quantized already; leave {', '.join(['plan and target', *asked])} out to load it, or "
+                    f"give the original float model{original_name(model, **hub)} to quantize anew"
                 )
             stored = getattr(torch, str(config.get("compute_dtype", "float32")), torch.float32)
-            pipe = load_pipeline(model, dtype=dtype or stored, device=options.device)
-            return _dressed(pipe, **_side_files(model))
-        settings = _settings(settings or Settings(), plan, target, dtype)
-        pipe = load_pipeline(model, dtype=torch.float32, device=options.device)
+            pipe = load_pipeline(model, dtype=dtype or stored, device=options.device, **kwargs)
+            return _dressed(pipe, **side_files(model, **hub))
+        settings = _settings(replace(settings or Settings(), **asked), plan, target, dtype)
+        pipe = load_pipeline(model, dtype=torch.float32, device=options.device, **kwargs)
         calls = _calls(pipe, inputs, settings, options.steps)
         outcome = quantize_pipeline(
-            pipe, calls, settings, reload=denoiser_loader(model, options.device), progress=options.progress
+            pipe, calls, settings, reload=denoiser_loader(model, options.device, **kwargs), progress=options.progress
         )
         return _dressed(pipe, plan=outcome.plan, report=outcome.report, profile=outcome.profile)
 
@@ -191,10 +176,12 @@ class QuantizedLDMPipeline:
 
 
 class _Options:
-    """The rarer keyword arguments of from_pretrained."""
+    """The rarer keyword arguments of from_pretrained, taken out of the others."""
 
-    def __init__(self, device: str | None = None, steps: int | None = None, progress: Progress | None = None) -> None:
-        self.device, self.steps, self.progress = device, steps, progress
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        self.device: str | None = kwargs.pop("device", None)
+        self.steps: int | None = kwargs.pop("steps", None)
+        self.progress: Progress | None = kwargs.pop("progress", None)
 
 
 @cache
@@ -233,56 +220,14 @@ def _calls(pipe: Any, inputs: Any, settings: Settings, steps: int | None) -> lis
     return default_inputs(pipe, inputs, steps=steps, seed=settings.seed)
 
 
-def denoiser_loader(model: str | os.PathLike[str], device: str | None = None) -> Callable[[], nn.Module]:
-    """A function that loads the model's float denoiser anew, for plans that must be raised after quantizing."""
+def denoiser_loader(
+    model: str | os.PathLike[str], device: str | None = None, **options: Any
+) -> Callable[[], nn.Module]:
+    """A function that loads the model's float denoiser anew, for plans that must be raised after quantizing.
+
+    options: of DiffusionPipeline.from_pretrained."""
 
     def load() -> nn.Module:
-        return find_denoiser(load_pipeline(model, dtype=torch.float32, device=device))[1]
+        return find_denoiser(load_pipeline(model, dtype=torch.float32, device=device, **options))[1]
 
     return load
-
-
-def stored_config(model: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The denoiser's quantization_config of a checkpoint of ours; None for a float model.
-
-    Raises LDMQError if there is no such model.
-    """
-    model = _known(model)
-    index_file = _file(model, "model_index.json")
-    index = read_json(index_file, CheckpointError) if index_file else {}
-    for component in {name for _, family in FAMILIES.items() for name in family.components} & set(index):
-        path = _file(model, f"{component}/config.json")
-        data = read_json(path, CheckpointError) if path else {}
-        config = data.get("quantization_config") if isinstance(data, dict) else None
-        if isinstance(config, dict) and config.get("quant_method") == NAME:
-            return config
-    return None
-
-
-def _side_files(model: str | os.PathLike[str]) -> dict[str, Any]:
-    paths = {name: _file(model, f"{name}.json") for name in SIDE_FILES}
-    return {name: SIDE_FILES[name].load(path) if path else None for name, path in paths.items()}
-
-
-def _file(model: str | os.PathLike[str], name: str) -> Path | None:
-    """A file of a local folder or a hub repository; None if it has none."""
-    if Path(model).exists():
-        path = Path(model) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(os.fspath(model), name))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as cause:
-        reason = " ".join(str(cause).split())
-        raise LDMQError(f"{model}: no such folder, and it cannot be had from the hub ({reason[:200]})") from cause
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, OSError) as cause:
-        reason = " ".join(str(cause).split())
-        raise LDMQError(f"{model}: the hub cannot be reached ({reason[:200]})") from cause
-
-
-def _original(model: str | os.PathLike[str]) -> str:
-    path = _file(model, "model_index.json")
-    data = read_json(path, CheckpointError) if path else {}
-    name = data.get("_name_or_path") if isinstance(data, dict) else None
-    return f" ({name})" if name else ""

@@ -9,6 +9,8 @@ from .planners import PLANNERS, Request, Target, higher_precision, parse_target,
 from .specs import parse_scheme
 from .tables import LayerTable, LayerTimes
 
+FORETOLD = ("predicted_curve_db", "bytes", "integer_share", "predicted_ms")
+"""Reasons of a plan that no longer hold when it is raised."""
 RAISED = ", raised"
 """Added to the planner's name where blocks were raised after measuring."""
 
@@ -89,7 +91,8 @@ def _raised(profile: Profile, name: str) -> LayerChoice:
 
 def _with(plan: Plan, choices: dict[str, LayerChoice], block: str) -> Plan:
     raised = [*plan.reasons.get("raised_after_measuring", []), block]
-    reasons = {**plan.reasons, "raised_after_measuring": raised}
+    known = {key: value for key, value in plan.reasons.items() if key not in FORETOLD}
+    reasons = {**known, "raised_after_measuring": raised}
     planner = plan.planner if plan.planner.endswith(RAISED) else plan.planner + RAISED
     layers = {**plan.layers, **choices}
     return replace(plan, planner=planner, layers=layers, reasons=reasons, predicted_sqnr_db=None)

@@ -6,6 +6,7 @@ analysis; its equations could not be consulted, these are a reconstruction from 
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,15 +26,20 @@ from .families import layer_table, quantizable_layers
 from .noise import NoiseProbes
 from .planners import candidates, low_precision
 from .progress import Progress
+from .quantization import refuse_unfit
 from .selections import SELECTIONS
 from .serialization import to_json
 from .specs import parse_scheme
 from .version import __version__
 
+logger = logging.getLogger(__name__)
+
 PASS_COST = 9
 """What one probing pass costs, in denoiser calls, for the progress bar."""
 ENOUGH_ROWS = 16
-"""Rows of a batch from which one random probe is enough; smaller batches get two."""
+"""Rows of a batch from which one random probe each is enough; smaller batches get up to four."""
+FEW_ROWS = 40
+"""Below so many rows in all, own effects are so uncertain that it is worth telling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,7 @@ class ProfileSettings:
 
     timesteps: int = 5
     images: int = 8
-    groups: int = 24
+    groups: int = 20
     scheme: str = "w8a8"
     schemes: tuple[str, ...] = ("w8a16", "w8a8", "w8a8-dyn", "w4a16", "w4a8", "w4a8-dyn")
     selection: str = "first-step"
@@ -69,10 +75,14 @@ def profile_sqnr(
     memory, CalibrationError or RecordingError if the recording does not suit the denoiser.
     """
     settings = _checked(settings or ProfileSettings())
+    refuse_unfit(denoiser)
     if recording.denoiser != type(denoiser).__name__:
         raise RecordingError(f"the recording is of a {recording.denoiser}, not of this {type(denoiser).__name__}")
     selected = _one_run(recording.only("select"))
     batches = _spread(selected, settings)
+    rows = sum(batch.output.shape[0] for batch in batches)
+    if rows < FEW_ROWS:
+        logger.warning("only %d rows to profile: predictions may be off by several dB; record more inputs", rows)
     table, layers = layer_table(denoiser), quantizable_layers(denoiser)
     kept = {info.name for info in table.layers if info.keep_float}
     kept = kept if settings.keep_float is None else set(settings.keep_float)
@@ -145,7 +155,7 @@ def _probe(
         if number == 0 or name not in memory.rows:
             generator.manual_seed(number)  # so that a resumed profile draws the same signs
             measured = replace(probes, signal={}, noise={}, own={}, macs=probes.macs if number == 0 else {})
-            measured.measure(denoiser, batch, generator, 1 if batch.output.shape[0] >= ENOUGH_ROWS else 2)
+            measured.measure(denoiser, batch, generator, min(max(ENOUGH_ROWS // batch.output.shape[0], 1), 4))
             memory.keep(name, measured.row(batch.timestep))
         probes.add(batch.timestep, memory.rows[name])
         give_back()

@@ -9,7 +9,7 @@ from torch import nn
 
 from .calls import Batch
 from .errors import LDMQError
-from .families import find_denoiser, layer_table
+from .families import find_denoiser, fingerprint, layer_table, quantizable_layers
 from .planners import candidates
 from .report import ReportInputs
 from .sampling import Sampling, sample_pictures
@@ -31,6 +31,15 @@ def stored_inputs(model: str, pipe: Any) -> ReportInputs:
         )
     table = profile.table if profile is not None else layer_table(find_denoiser(pipe)[1])
     return ReportInputs(model=model, table=table, plan=plan, report=report, profile=profile)
+
+
+def refuse_other_model(inputs: ReportInputs, name: str, denoiser: nn.Module) -> None:
+    """Raise LDMQError unless the float denoiser, of the pipeline called `name`, has the layers of the quantized one."""
+    if fingerprint(quantizable_layers(denoiser)) != inputs.plan.fingerprint:
+        raise LDMQError(
+            f"{name}: its {type(denoiser).__name__} has other layers than {inputs.model}, which was made from another "
+            f"model; give that one"
+        )
 
 
 def with_pictures(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
@@ -71,7 +72,8 @@ def test_with_many_samples_the_estimate_is_what_the_layer_alone_does_at_the_outp
     for scheme in probes.schemes:
         exact = exact_effects(denoiser, recording, names, scheme, [batch])
         off = {name: 10 * math.log10(probes.own[name, scheme, 333.0] / exact[name]) for name in names}
-        assert max(map(abs, off.values())) < 1.0, off
+        assert median(map(abs, off.values())) < 0.3, off
+        assert max(map(abs, off.values())) < 1.5, off  # layers whose noise sits in a few rows
         assert max(exact.values()) > 100 * min(exact.values())  # or a constant would have passed
 
 

@@ -12,12 +12,13 @@ from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from diffusers_ldmq import Plan, QuantizedLDMPipeline, Report, make_plan
+from diffusers_ldmq.checkpoints import stored_config
 from diffusers_ldmq.demo import demo_model
 from diffusers_ldmq.errors import LDMQError, OutputError, PlanError, RecordingError
 from diffusers_ldmq.families import layer_table
 from diffusers_ldmq.job import Settings
 from diffusers_ldmq.layers import quantized_layers
-from diffusers_ldmq.pipeline import load_pipeline, save_pipeline, stored_config
+from diffusers_ldmq.pipeline import load_pipeline, save_pipeline
 
 Make = Callable[[str], Any]
 
@@ -167,8 +168,8 @@ def test_inputs_are_prompts_or_arguments(float_folder: Path) -> None:
 
 
 def test_an_unknown_keyword_is_refused(float_folder: Path) -> None:
-    with pytest.raises(TypeError, match="variant"):
-        QuantizedLDMPipeline.from_pretrained(float_folder, variant="fp16")
+    with pytest.raises(LDMQError, match="takes no keyword 'tagret'.*no such component; it has scheduler, unet"):
+        QuantizedLDMPipeline.from_pretrained(float_folder, tagret="size<=0.3x")
 
 
 @pytest.mark.parametrize(
@@ -233,3 +234,18 @@ def test_saving_never_touches_a_folder_with_content_unless_asked(quantized_pixel
     save_pipeline(pipe, tmp_path, overwrite=True)
     assert not (tmp_path / "mine.txt").exists()
     assert (tmp_path / "model_index.json").is_file()
+
+
+def test_keywords_of_settings_and_of_diffusers_are_taken_as_such(float_folder: Path, quantized_pixel: Path) -> None:
+    common: Any = {"steps": 2, "local_files_only": True}
+    pipe = QuantizedLDMPipeline.from_pretrained(float_folder, plan="uniform", scheme="w8a16", **common)
+    assert pipe.plan is not None
+    assert set(pipe.plan.quantized().values()) == {"w8a16"}
+    assert QuantizedLDMPipeline.from_pretrained(quantized_pixel, local_files_only=True).report is not None
+    with pytest.raises(LDMQError, match="quantized already; leave plan and target, corrections out to load it"):
+        QuantizedLDMPipeline.from_pretrained(quantized_pixel, corrections="auto")
+
+
+def test_the_bundled_models_word_stands_for_it(tmp_path: Path) -> None:
+    assert isinstance(load_pipeline("emoji-sd"), StableDiffusionPipeline)
+    assert stored_config("emoji-sd") is None

@@ -19,12 +19,10 @@ from ..artifacts import LayerChoice, Plan, Profile
 from ..errors import PlanError
 from ..specs import parse_scheme
 from ..tables import LayerTable
-from .contract import Request, Target, fp32_bytes, integer_share, layer_bytes, plan_bytes
+from .contract import MIN_INTEGER_SHARE, Request, Target, fp32_bytes, integer_share, layer_bytes, plan_bytes
 from .prediction import Prediction, predict
 from .solver import least
 
-MIN_INTEGER_SHARE = 0.75
-"""Asked of every plan, of the work that can be integer, unless the target says otherwise or cannot be met so."""
 MOST_BYTES = 1.08
 """Without a target: bytes a plan may take, of what every layer in the low-precision scheme would."""
 FLOAT_PENALTY = 0.1

@@ -10,6 +10,8 @@ from ..errors import PlanError
 from ..specs import parse_scheme
 from ..tables import LayerInfo, LayerTable, LayerTimes
 
+MIN_INTEGER_SHARE = 0.75
+"""Share of the work that planners leave integer x integer where the target does not say, if it can be met so."""
 STORAGE_BYTES = 2
 """Floating tensors are stored in 16 bits."""
 

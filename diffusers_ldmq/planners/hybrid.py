@@ -15,14 +15,12 @@ from ..artifacts import LayerChoice, Plan, Profile
 from ..errors import PlanError
 from ..specs import parse_scheme
 from ..tables import LayerTable
-from .contract import Request, fp32_bytes, integer_share, plan_bytes
+from .contract import MIN_INTEGER_SHARE, Request, fp32_bytes, integer_share, plan_bytes
 from .low_precision import low_precision
 from .prediction import Prediction, predict
 
 SENSITIVE = 4.0
 """A block is sensitive when its added noise exceeds this many times the median."""
-MIN_INTEGER_SHARE = 0.75
-"""Without a target the suffix stops growing where less than this share of the work would stay integer x integer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +57,8 @@ class _Hybrid:
                     found[name] = higher_precision(self.profile, name, self.request.scheme)
                 else:
                     found[name] = low_precision(self.profile.noise_of(name), self.request.scheme)
+        for group in self.profile.shared:
+            found.update(_alike({name: found[name] for name in group if found[name].scheme != "float"}))
         return {info.name: found[info.name] for info in self.table.layers}
 
     def schemes(self, cut: int, whole: int) -> dict[str, str]:
@@ -87,8 +87,8 @@ def hybrid(table: LayerTable, profile: Profile | None, request: Request) -> Plan
         )
     kept = request.kept(table)
     _refuse_unmeasured(profile, kept)
-    curve = read_curve(profile, kept)
     state = _Hybrid(table, profile, request, predict(profile))
+    curve = read_curve(profile, kept)
     cut, whole = _cut(state, curve)
     layers = state.choices(cut, whole)
     raised = sum(1 for name, c in layers.items() if c.scheme == "float" and name not in kept)
@@ -152,7 +152,7 @@ def _cut(state: _Hybrid, curve: _Curve) -> tuple[int, int]:
     if target.min_sqnr_db is None:
         suffixes = [cut for cut, whole in fitting if whole == count]
         integer = [cut for cut in suffixes if share(cut) >= MIN_INTEGER_SHARE]
-        return min(integer or suffixes or [count]), count
+        return (min(integer or suffixes), count) if suffixes else max(fitting, key=lambda cut: cut[1])
     reached = [(cut, state.prediction.sqnr_db(state.schemes(*cut)) or 0.0) for cut in fitting]
     for cut, db in reached:
         if db >= target.min_sqnr_db:
@@ -190,6 +190,16 @@ def _out_of_reach(state: _Hybrid) -> str:
     )
 
 
+def _alike(choices: dict[str, LayerChoice]) -> dict[str, LayerChoice]:
+    """One scheme for layers that share an input: the dynamic one where any of them wants it."""
+    wanted = {choice.scheme for choice in choices.values()}
+    dynamic = [scheme for scheme in wanted if parse_scheme(scheme).is_dynamic]
+    if len(wanted) < 2 or not dynamic:
+        return choices
+    why = "shares its input with a layer whose static range fits later steps badly"
+    return {n: c if c.scheme == dynamic[0] else LayerChoice(dynamic[0], why) for n, c in choices.items()}
+
+
 def higher_precision(profile: Profile, name: str, scheme: str) -> LayerChoice:
     """w8a16 where activation noise dominates, float where weight noise does."""
     noise = profile.noise_of(name)
@@ -198,6 +208,8 @@ def higher_precision(profile: Profile, name: str, scheme: str) -> LayerChoice:
         raise PlanError("the profile lacks weight noise (w8a16) or activation noise (a8); profile again")
     weight_db, activation_db = noise.power("w8a16").sqnr_db, noise.power("a8").sqnr_db
     told = f"weight noise {weight_db:.1f} dB, activation noise {activation_db:.1f} dB"
+    if not parse_scheme(scheme).is_integer and parse_scheme(scheme) == parse_scheme("w8a16"):
+        return LayerChoice("float", "in the suffix; above w8a16 there is only float")
     if activation_db <= weight_db:
         return LayerChoice("w8a16", f"in the suffix; activation noise dominates ({told})")
     return LayerChoice("float", f"in the suffix; weight noise dominates ({told})")

@@ -1,5 +1,7 @@
 """The exception to single-step calibration: where the range of the first step serves later steps badly."""
 
+import math
+
 from ..artifacts import LayerChoice, LayerNoise
 from ..specs import parse_scheme
 
@@ -12,7 +14,7 @@ def low_precision(noise: LayerNoise, scheme: str) -> LayerChoice:
     dynamic = f"{scheme}-dyn"
     if parse_scheme(scheme).is_static and {scheme, dynamic} <= set(noise.noise):
         static_db, dynamic_db = noise.power(scheme).sqnr_db, noise.power(dynamic).sqnr_db
-        if dynamic_db >= static_db + DYNAMIC_GAIN_DB:
+        if math.isfinite(static_db) and dynamic_db >= static_db + DYNAMIC_GAIN_DB:
             why = f"static range fits later steps badly: {static_db:.1f} dB, {dynamic_db:.1f} dB with dynamic ranges"
             return LayerChoice(dynamic, why)
     return LayerChoice(scheme, "before the cut-off")

@@ -35,6 +35,13 @@ class Prediction:
         nsr = self.nsr(schemes)
         return sqnr_db(1.0, nsr) if nsr > 0 else None
 
+    def corrected(self, left: Mapping[str, float]) -> "Prediction":
+        """The prediction where corrections leave only this share of some layers' noise."""
+        scaled = lambda rows, share: {s: tuple(share * n for n in row) for s, row in rows.items()}  # noqa: E731
+        total = {n: {s: left.get(n, 1.0) * p for s, p in row.items()} for n, row in self.total.items()}
+        steps = {n: scaled(rows, left[n]) if n in left else rows for n, rows in self.steps.items()}
+        return Prediction(self.timesteps, total, steps)
+
     def curve_db(self, schemes: Mapping[str, str]) -> dict[str, float]:
         """Timestep -> output SQNR in dB, at the profiled timesteps."""
         rows = [self.steps[name][scheme] for name, scheme in schemes.items()]

@@ -11,8 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from ..errors import PlanError
+
 OPTIONS = {"mip_rel_gap": 1e-3, "time_limit": 60.0}
 STDOUT = 1
+TIMED_OUT = 1
+"""scipy's status of a search that was given up."""
 
 
 def least(
@@ -27,6 +31,10 @@ def least(
             bounds=Bounds(0, usable.astype(float)),  # pyright: ignore[reportArgumentType]
             constraints=rows,
             options=OPTIONS,
+        )
+    if solution.x is None and solution.status == TIMED_OUT:
+        raise PlanError(
+            f"no plan was found in {OPTIONS['time_limit']:.0f} seconds; ask for less, or take --planner hybrid"
         )
     return None if solution.x is None else np.flatnonzero(solution.x > 0.5)
 

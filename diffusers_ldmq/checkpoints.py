@@ -1,0 +1,115 @@
+"""What a model's folder or hub repository holds, before anything of it is loaded."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from .artifacts import Plan, Profile, Report
+from .demo import MODEL, demo_model
+from .errors import CheckpointError, LDMQError
+from .families import FAMILIES
+from .plugin import NAME
+from .serialization import read_json
+
+SIDE_FILES: dict[str, Any] = {"plan": Plan, "report": Report, "profile": Profile}
+"""What stands beside the components in a folder that `save_pipeline` wrote."""
+
+
+def known(model: str | os.PathLike[str]) -> str:
+    """The model's name, the bundled model's folder for its word. Raises LDMQError unless it is a pipeline folder or
+    looks like a hub id."""
+    text = os.fspath(model)
+    if text == MODEL and not Path(text).exists():
+        return os.fspath(demo_model())
+    path = Path(text)
+    if path.exists():
+        if not (path / "model_index.json").is_file():
+            raise LDMQError(f"{text}: is no diffusers pipeline folder (it has no model_index.json)")
+    elif text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text:
+        raise LDMQError(f"{text}: no such folder; give a local pipeline folder or a hub id such as owner/name")
+    return text
+
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+"""What says which files of the hub are meant: diffusers takes them too."""
+
+
+LOADING_OPTIONS = (
+    *HUB_OPTIONS,
+    *("custom_pipeline", "custom_revision", "device_map", "disable_mmap", "load_connected_pipeline"),
+    *("low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "trust_remote_code"),
+    *("use_safetensors", "variant"),
+)
+"""Keywords of DiffusionPipeline.from_pretrained that are no components."""
+
+
+def refuse_unknown(model: str | os.PathLike[str], options: dict[str, Any], **hub: Any) -> None:
+    """Raise LDMQError for a keyword that is neither an option of loading nor in the model's model_index.json: diffusers
+    would ignore it."""
+    index = _index(known(model), hub)
+    for name in options:
+        if name not in LOADING_OPTIONS and name not in index:
+            raise LDMQError(
+                f"from_pretrained takes no keyword {name!r}: it is no option of loading or quantizing, and {model} has "
+                f"no such component; it has {', '.join(sorted(k for k in index if not k.startswith('_')))}"
+            )
+
+
+def _index(model: str, hub: dict[str, Any]) -> dict[str, Any]:
+    path = _file(model, "model_index.json", hub)
+    data = read_json(path, CheckpointError) if path else {}
+    return data if isinstance(data, dict) else {}
+
+
+def stored_config(model: str | os.PathLike[str], **hub: Any) -> dict[str, Any] | None:
+    """The denoiser's quantization_config of a checkpoint of ours; None for a float model. hub: of HUB_OPTIONS.
+
+    Raises LDMQError if there is no such model.
+    """
+    model = known(model)
+    index = _index(model, hub)
+    for component in {name for _, family in FAMILIES.items() for name in family.components} & set(index):
+        path = _file(model, f"{component}/config.json", hub)
+        data = read_json(path, CheckpointError) if path else {}
+        config = data.get("quantization_config") if isinstance(data, dict) else None
+        if isinstance(config, dict) and config.get("quant_method") == NAME:
+            return config
+    return None
+
+
+def side_files(model: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
+    """Plan, report and profile that stand beside the components; None for what is not there. hub: of HUB_OPTIONS."""
+    paths = {name: _file(model, f"{name}.json", hub) for name in SIDE_FILES}
+    return {name: SIDE_FILES[name].load(path) if path else None for name, path in paths.items()}
+
+
+def _file(model: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path | None:
+    """A file of a local folder or a hub repository; None if it has none."""
+    if Path(model).exists():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(os.fspath(model), name, **hub))
+    except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as cause:
+        reason = " ".join(str(cause).split())
+        raise LDMQError(f"{model}: no such folder, and it cannot be had from the hub ({reason[:200]})") from cause
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, OSError) as cause:
+        reason = " ".join(str(cause).split())
+        raise LDMQError(f"{model}: the hub cannot be reached ({reason[:200]})") from cause
+
+
+def original_name(model: str | os.PathLike[str], **hub: Any) -> str:
+    """Of what a checkpoint was made, in brackets; '' where that is not stored. hub: of HUB_OPTIONS."""
+    name = _index(os.fspath(model), hub).get("_name_or_path")
+    return f" ({name})" if name else ""

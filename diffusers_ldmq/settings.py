@@ -1,0 +1,53 @@
+"""What the whole job is asked for and what it gives back."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .artifacts import Plan, Profile, Report
+from .calls import Recording
+from .correction import DEFAULT
+from .corrections import CORRECTIONS
+from .tables import LayerTimes
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to do. keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
+    corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
+    corrected_layers: how many of those that cause most noise are tried;
+    dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image."""
+
+    planner: str = "hybrid"
+    scheme: str = "w8a8"
+    calibration: str = "first-step"
+    observer: str = "minmax-affine"
+    keep_float: str = "default"
+    corrections: str = "none"
+    corrected_layers: int = 8
+    target: str | None = None
+    plan: Plan | None = None
+    dtype: torch.dtype | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Everything the job measured and decided. profile: None where none was needed; times: None without a target on
+    speed."""
+
+    recording: Recording
+    profile: Profile | None
+    plan: Plan
+    report: Report
+    times: LayerTimes | None = None
+
+
+def corrections_of(text: str) -> tuple[str, ...]:
+    """Names of the corrections that 'none', 'auto' or a list with commas asks for. Raises LDMQError for others."""
+    if text in ("none", "auto"):
+        return () if text == "none" else DEFAULT
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        CORRECTIONS[name]
+    return names
