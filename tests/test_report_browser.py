@@ -61,6 +61,7 @@ def inputs(profiles: Callable[[str], Profile]) -> ReportInputs:
     profile = profiles("pixel")
     plan = make_plan(profile)
     first = profile.table.layers[0].name
+    last = list(plan.quantized())[-1]
     choices = {**plan.layers, first: replace(plan.layers[first], reason=HOSTILE)}
     report = Report((900.0, 1.0), (1e3, 1e3), (1.0, 10.0), "float32", plan.counts(), {"w8a8 on cpu": 9}, 0.8, 30, 100)
     red, dark = (Image.new("RGB", (64, 48), colour) for colour in ((255, 0, 0), (0, 90, 0)))
@@ -70,7 +71,7 @@ def inputs(profiles: Callable[[str], Profile]) -> ReportInputs:
         table=profile.table,
         plan=replace(plan, layers=choices, target="sqnr>=20dB"),
         report=report,
-        profile=replace(profile, layers=(replace(profile.layers[0], own={}), *profile.layers[1:])),
+        profile=replace(profile, layers=tuple(replace(n, own={}) if n.name == last else n for n in profile.layers)),
         times=LayerTimes("cpu", "bfloat16", 2, 1000.0, {i.name: row for i in profile.table.layers}, 1000.0, "bfloat16"),
         others={"every layer W8A8": report},
         pictures={"float": [red, red], "quantized": [dark, red]},
