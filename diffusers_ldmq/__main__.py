@@ -26,11 +26,11 @@ def _run(arguments: list[str] | None) -> int:
         complain(f"{cause.filename or 'reading or writing'}: {cause.strerror or cause}")
         return USER_ERROR
     except KeyboardInterrupt:
-        complain("interrupted; nothing unfinished was left behind")
+        complain("interrupted; no unfinished result was left behind")
         return INTERRUPTED
     except SystemExit as request:  # typer turns its own usage errors and Ctrl-C into exits
         if request.code == INTERRUPTED:
-            complain("interrupted; nothing unfinished was left behind")
+            complain("interrupted; no unfinished result was left behind")
         return request.code if isinstance(request.code, int) else int(request.code is not None)
     return 0
 

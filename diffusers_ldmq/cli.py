@@ -35,6 +35,9 @@ from .settings import corrections_of
 from .summary import Summary, scores_data, scores_table, summary_data, summary_table
 from .terminal import console, quiet_libraries, say, stages, tell
 
+WIDEST = 400
+"""Columns that a list of layers may take: names are what people copy, so lines rather wrap than break them."""
+
 app = typer.Typer(
     name="ldmq",
     help="Quantize latent diffusion pipelines: measure, decide, verify. MODEL is a diffusers folder, a hub id, or "
@@ -148,6 +151,9 @@ def profile(
         full=full,
     )
     memory = out.with_suffix(".partial.json") if full else None
+    if memory is not None:
+        begun = "going on with what it holds" if memory.exists() else "repeat the command to go on after an interrupt"
+        console(stderr=True).print(f"note: finished parts are kept in {memory}; {begun}", markup=False, soft_wrap=True)
     with stages() as told:
         recording = record_calls(
             pipe, given.calls(pipe, steps), selection=calibration, seed=seed, progress=told.of("record")
@@ -289,4 +295,6 @@ def info(
     found = describe(arg.load_any(model, "cpu"))
     tell(description_table(found), description_data(found, layers=layers), as_json)
     if layers and not as_json:
-        console().print(layers_table(found))
+        shown, listed = console(), layers_table(found)
+        needed = shown.measure(listed, options=shown.options.update(width=WIDEST)).maximum
+        shown.print(listed, width=max(shown.width, needed), crop=False, no_wrap=True)

@@ -15,7 +15,7 @@ from .calls import Recording
 from .correction import correct
 from .demands import keeps, refuse_overrun, short_db, too_slow
 from .errors import PlanError
-from .planners import Target, plan_bytes, predict
+from .planners import Target, parse_target, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now
@@ -63,6 +63,7 @@ class Job:
             short, slow = short_db(self.target, outcome.report), self._slow(speedup)
             refuse_overrun(self.target, self.table, outcome.report)
             if short <= 0 and slow <= 1:
+                self._tell_missed_plan(outcome)
                 return outcome, denoiser
             if short > 0:
                 gap = plan.reasons.get("measured_on_select_db", outcome.report.sqnr_db) - outcome.report.sqnr_db
@@ -74,6 +75,21 @@ class Job:
             if load is None or following is None:
                 raise PlanError(self._missed(outcome.report, short))
             plan, denoiser = following, load()
+
+    def _tell_missed_plan(self, outcome: Outcome) -> None:
+        """Say so where a plan that was given was made for an SQNR that it does not reach here."""
+        if self.target is not None or self.settings.plan is None or outcome.plan.target is None:
+            return
+        try:
+            short = short_db(parse_target(outcome.plan.target), outcome.report)
+        except PlanError:
+            return  # plans may be edited by hand; this text only says what the plan was once made for
+        if short > 0:
+            logger.warning(
+                "the plan was made for %s and reaches %.1f dB on held-out calls; give --target to have it raised",
+                outcome.plan.target,
+                outcome.report.sqnr_db,
+            )
 
     def first_plan(self) -> Plan:
         """The plan given, or the planner's."""
@@ -151,7 +167,7 @@ class Job:
                     f"target {self.target.text!r} cannot be met: the best plan reaches {report.sqnr_db:.1f} dB, "
                     f"{short:.1f} dB short; lower the target, or try {self.ways_out()}"
                 )
-            told = "%.1f dB on select calls, %.1f dB short of %s: planning higher"
+            told = "%.1f dB on the calls that plans are chosen with, %.1f dB short of %s: planning higher"
             logger.info(told, report.sqnr_db, short + margin, self.target.text)
             plan = raised
 

@@ -207,7 +207,8 @@ def _restored(base: type, state: dict[str, Any]) -> Any:
 def _settings(settings: Settings, plan: Any, target: str | None, dtype: torch.dtype | None) -> Settings:
     if isinstance(plan, Plan):
         settings = replace(settings, plan=plan)
-    elif plan is not None and os.fspath(plan) in PLANNERS:
+    elif plan is not None and not Path(plan).exists() and Path(plan).name == os.fspath(plan) and not Path(plan).suffix:
+        PLANNERS[os.fspath(plan)]  # refuses what is neither a planner nor looks like a file
         settings = replace(settings, planner=os.fspath(plan))
     elif plan is not None:
         settings = replace(settings, plan=Plan.load(plan))

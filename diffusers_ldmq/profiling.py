@@ -168,9 +168,17 @@ def _effects(noises: tuple[LayerNoise, ...], schemes: dict[str, str]) -> dict[st
 
 
 def _key(recording: Recording, settings: ProfileSettings) -> str:
-    """Hash of what a profile depends on: tensors are named by their content, outputs among them."""
+    """Hash of what a profile depends on. Of the recorded tensors only the size of what each run began with, to three
+    digits: another number of threads changes the last bits of everything, and must not make a profile another."""
+    calls = [(c.set, c.run, c.step, c.timestep, c.images) for c in recording.calls]
+    began = [
+        {path: f"{float(recording.tensors[key].double().norm()):.3g}" for path, key in call.tensors.items()}
+        for call in recording.calls
+        if call.step == 0
+    ]
     text = json.dumps(
-        to_json([__version__, recording.calls, _describe(settings, 0), settings.timesteps]), sort_keys=True
+        to_json([__version__, recording.denoiser, calls, began, _describe(settings, 0), settings.timesteps]),
+        sort_keys=True,
     )
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
