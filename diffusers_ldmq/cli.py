@@ -63,7 +63,7 @@ def demo(
     with stages() as progress:
         summary = run_demo(out, progress)
     tell(summary_table(summary), {**summary_data(summary), "out": str(out)}, as_json)
-    say(f"\nLook at {out}/comparison.png and {out}/sqnr.png; the quantized pipeline is {out}/quantized.", as_json)
+    say(f"\nOpen {out}/report.html in a browser; the quantized pipeline is {out}/quantized.", as_json)
 
 
 @app.command()
