@@ -94,11 +94,11 @@ def _plan(
     layers = {}
     for info in table.layers:
         scheme = schemes.get(info.name, "float")
-        part = prediction.total[info.name][scheme] / whole if scheme != "float" and whole > 0 else 0.0
-        why = (
-            f"causes {100 * part:.2f} % of the noise at the output" if scheme != "float" else "worth its bytes in float"
-        )
-        layers[info.name] = LayerChoice(scheme, "kept float by request" if info.name in kept else why)
+        why = "kept float by request" if info.name in kept else "worth its bytes in float"
+        if scheme != "float":
+            share = prediction.total[info.name][scheme] / whole if whole > 0 else 0.0
+            why = f"causes {100 * share:.2f} % of the noise at the output"
+        layers[info.name] = LayerChoice(scheme, why)
     return Plan(
         denoiser=table.denoiser,
         fingerprint=table.fingerprint,

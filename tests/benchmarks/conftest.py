@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "train"
 
@@ -47,6 +48,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, draw_picture: Callable[[P
         rows.append(json.dumps({"file_name": f"{index}.png", "text": f"Square number {index}"}))
     (folder / "metadata.jsonl").write_text("\n".join(rows))
     return folder
+
+
+@pytest.fixture(scope="session")
+def same_weights() -> Callable[[Path, Path], list[Path]]:
+    """Asserts that two output folders hold the same tensors, bit for bit; gives the files compared."""
+
+    def compare(one: Path, other: Path) -> list[Path]:
+        found = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+        for path in found:
+            expected, measured = load_file(one / path), load_file(other / path)
+            assert expected.keys() == measured.keys()
+            for name in expected:
+                assert torch.equal(expected[name], measured[name]), f"{path}: {name}"
+        return found
+
+    return compare
 
 
 @pytest.fixture(scope="module")
