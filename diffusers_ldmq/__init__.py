@@ -13,6 +13,7 @@ from .inputs import default_inputs
 from .pipeline import QuantizedLDMPipeline
 from .planning import make_plan
 from .plugin import register
+from .twin import register as register_text
 from .profiling import ProfileSettings, profile_sqnr
 from .quantization import quantize
 from .recording import record_calls
@@ -20,6 +21,7 @@ from .verification import verify
 from .version import __version__
 
 register()
+register_text()
 
 __all__ = [
     "Calibration",

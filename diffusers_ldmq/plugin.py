@@ -6,6 +6,7 @@ entries when the package is imported is enough.
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class LDMQQuantizer(DiffusersQuantizer):
                     f"complete ones"
                 )
             for name in self.wanted:
-                replace_layer(model, name, _empty_like(model.get_submodule(name)))
+                replace_layer(model, name, empty_like(model.get_submodule(name)))
         model.register_to_config(quantization_config=self.config)
 
     def _prepare(self, model: Any) -> None:
@@ -85,7 +86,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         for name, entry in self.config.layers.items():
             if name not in layers:
                 raise CheckpointError(f"quantization_config names layer {name!r}, which {type(model).__name__} lacks")
-            empty = _empty_like(layers[name])
+            empty = empty_like(layers[name])
             try:
                 prepare(empty, entry)
             except LDMQError as cause:
@@ -122,7 +123,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             round_to_storage(model)
             self.pre_quantized = True
-            self.quantization_config = self.config = _config_of(model)
+            self.quantization_config = self.config = config_of(model)
             model.register_to_config(quantization_config=self.config)
         guard(model)
         return model
@@ -130,12 +131,7 @@ class LDMQQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        adapters = [name for name in state_dict if ".base_layer." in name or ".lora_" in name]
-        if adapters:
-            raise CheckpointError(
-                f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
-                f"can load; call unload_lora_weights() first and share the LoRA as a file of its own"
-            )
+        refuse_adapters(state_dict)
         if not safe_serialization:
             raise CheckpointError("quantized models are saved as safetensors only; leave safe_serialization=True")
         # no metadata of ours: safetensors writes several entries in random order, and config.json says it all
@@ -164,7 +160,7 @@ class LDMQQuantizer(DiffusersQuantizer):
 
 def attach(denoiser: Any) -> None:
     """Make a denoiser that `quantize` returned one that diffusers saves: manifest, quantizer and config item."""
-    config = _config_of(denoiser)
+    config = config_of(denoiser)
     denoiser.hf_quantizer = LDMQQuantizer(config, pre_quantized=True)
     denoiser.is_quantized = True
     denoiser.quantization_method = LDMQMethod.LDMQ
@@ -183,14 +179,24 @@ def register() -> None:
         table[NAME] = member  # pyright: ignore[reportArgumentType]
 
 
-def _config_of(model: Any) -> LDMQConfig:
+def config_of(model: Any) -> LDMQConfig:
     """What config.json will say of a model whose layers are quantized."""
     layers = {name: entry_of(layer) for name, layer in quantized_layers(model).items()}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return LDMQConfig(layers=layers, compute_dtype=str(dtype).removeprefix("torch."))
 
 
-def _empty_like(layer: nn.Module) -> QuantizedLayer:
+def refuse_adapters(names: Iterable[str]) -> None:
+    """Raise CheckpointError if a tensor of these names is a LoRA's."""
+    adapters = [name for name in names if ".base_layer." in name or ".lora_" in name]
+    if adapters:
+        raise CheckpointError(
+            f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
+            f"can load; call unload_lora_weights() first and share the LoRA as a file of its own"
+        )
+
+
+def empty_like(layer: nn.Module) -> QuantizedLayer:
     """The quantized class of a float layer, still float, sharing its (meta) tensors."""
     kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
     new = kind.__new__(kind)
