@@ -13,10 +13,10 @@ from .inputs import default_inputs
 from .pipeline import QuantizedLDMPipeline
 from .planning import make_plan
 from .plugin import register
-from .twin import register as register_text
 from .profiling import ProfileSettings, profile_sqnr
 from .quantization import quantize
 from .recording import record_calls
+from .twin import register as register_text
 from .verification import verify
 from .version import __version__
 

@@ -70,6 +70,12 @@ def _index(model: str, hub: dict[str, Any]) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def components_of(model: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
+    """Component -> [library, class] of a pipeline. hub: of HUB_OPTIONS."""
+    index = _index(known(model), hub)
+    return {name: entry for name, entry in index.items() if isinstance(entry, list)}
+
+
 def stored_config(model: str | os.PathLike[str], **hub: Any) -> dict[str, Any] | None:
     """The denoiser's quantization_config of a checkpoint of ours; None for a float model. hub: of HUB_OPTIONS.
 

@@ -31,7 +31,6 @@ from .recording import record_calls, try_one_step
 from .report import write_report
 from .report_inputs import refuse_other_model, stored_inputs, with_pictures, with_times
 from .sampling import Sampling, sample_pictures
-from .settings import corrections_of
 from .summary import Summary, scores_data, scores_table, summary_data, summary_table
 from .terminal import console, quiet_libraries, say, stages, tell
 
@@ -84,15 +83,15 @@ def quantize(
     inputs: arg.Inputs = None,
     steps: arg.Steps = None,
     seed: arg.Seed = 0,
+    component: arg.Components = None,
     device: arg.Device = "cpu",
     dtype: arg.Dtype = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a pipeline folder at --out")] = False,
     as_json: arg.AsJson = False,
 ) -> None:
     """Quantize a pipeline and save it as an ordinary diffusers folder."""
-    arg.check_names(scheme, planner=planner, calibration=calibration, observer=observer)
+    arg.check_names(scheme, planner=planner, calibration=calibration, observer=observer, corrections=corrections)
     arg.check_target(target)
-    corrections_of(corrections)
     arg.check_out(out, model, overwrite)
     if plan:
         arg.check_alone(context, "plan", ("planner", "scheme", "keep_float"))
@@ -108,15 +107,16 @@ def quantize(
         plan=Plan.load(plan) if plan else None,
         dtype=arg.checked_dtype(dtype, device),
         seed=seed,
+        components=arg.components(component),
     )
     given = arg.Given(model, prompts, inputs, seed)
-    pipe = arg.load_float(model, device)
+    pipe = arg.load_float(model, device, settings.components)
     settings = replace(settings, dtype=arg.fitting_dtype(settings.dtype, dtype, pipe))
     reload = denoiser_loader(arg.model_path(model), device)
     with stages() as progress:
         outcome = quantize_pipeline(pipe, given.calls(pipe, steps), settings, reload=reload, progress=progress)
         save_pipeline(pipe, out, outcome=outcome, overwrite=overwrite)
-    summary = Summary(model, outcome.recording.denoiser, outcome.plan, outcome.report)
+    summary = Summary(model, outcome.recording.denoiser, outcome.plan, outcome.report, companions=outcome.companions)
     tell(summary_table(summary), {**summary_data(summary), "out": str(out)}, as_json)
     say(f"\nSaved in {out}; `ldmq info {out}` shows it again.", as_json)
 

@@ -59,6 +59,16 @@ def guard(model: nn.Module) -> None:
     _guard_copying()
 
 
+def refuse_saving(model: nn.Module) -> None:
+    """Let a model whose layers were just quantized not be saved before its config says so; `guard` lifts this."""
+    if hasattr(type(model), "save_pretrained"):
+        words = (
+            f"the {type(model).__name__} was quantized, but its config does not say so, and nobody could load it: "
+            f"save it with QuantizedLDMPipeline or `ldmq quantize`, or call diffusers_ldmq.companions.attach() first"
+        )
+        setattr(model, "save_pretrained", Refusal(words))  # noqa: B010 (nn.Module's __setattr__ takes tensors)
+
+
 def unguard(model: nn.Module) -> None:
     """The model does again what its class does."""
     for name in (*REFUSALS, *_replacements()):
@@ -80,6 +90,13 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model, if it has this dtype already; otherwise LDMQError."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
     if own != dtype:
+        upcast = getattr(getattr(model, "config", None), "force_upcast", False)
+        if upcast and (own, dtype) == (torch.float16, torch.float32):
+            raise LDMQError(
+                f"the pipeline casts its {type(model).__name__} from float16 to float32 to decode, because its config "
+                f"says force_upcast, and a quantized one is not cast: load the pipeline with bfloat16 or float32, or "
+                f"the autoencoder without quantization_config"
+            )
         raise LDMQError(
             f"a quantized {type(model).__name__} in {own} is not cast to {dtype}: load it again with "
             f"torch_dtype={dtype} (integers and scales stay what they are), or call dequantize() first"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .artifacts import Profile
 from .calibration import check_plan
 from .calls import Recording
 from .closed_loop import Job
+from .companions import companions, quantize_companions, recast, refuse_upcast
 from .errors import LDMQError, PlanError, RecordingError
 from .families import find_denoiser, layer_table
 from .planners import Target, candidates, fp32_bytes, parse_target, plan_bytes
@@ -57,6 +59,8 @@ def quantize_pipeline(
         check_plan(settings.plan, denoiser)
     if target is not None:
         _refuse_size(settings, table, target)
+    quantize_companions(pipe, settings.components)
+    refuse_upcast(pipe, settings.dtype)
     if reload is None and target is not None:
         original = deepcopy(denoiser)
         reload = lambda: deepcopy(original)  # noqa: E731
@@ -80,7 +84,7 @@ def quantize_pipeline(
     if settings.dtype is not None:
         _cast_others(pipe, name, settings.dtype)
         _refuse_unusable(pipe, inputs[0], settings.dtype)
-    return outcome
+    return replace(outcome, companions=companions(pipe))
 
 
 def _stage(told: Progress, stage: str) -> Callable[[int, int], None]:
@@ -133,7 +137,7 @@ def _refuse_unusable(pipe: Any, inputs: dict[str, Any], dtype: torch.dtype) -> N
 def _cast_others(pipe: Any, denoiser_name: str, dtype: torch.dtype) -> None:
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and name != denoiser_name:
-            component.to(dtype)
+            recast(component, dtype)
 
 
 def _forget_path(part: Any) -> None:

@@ -15,7 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .artifacts import Plan, Profile, Report
-from .checkpoints import HUB_OPTIONS, SIDE_FILES, known, original_name, refuse_unknown, side_files, stored_config
+from .checkpoints import (
+    HUB_OPTIONS,
+    SIDE_FILES,
+    components_of,
+    known,
+    original_name,
+    refuse_unknown,
+    side_files,
+    stored_config,
+)
+from .companions import loading_options, recast, refuse_unsavable
 from .demo import MODEL, demo_captions
 from .errors import LDMQError
 from .families import find_denoiser
@@ -81,9 +91,11 @@ def saved_dtypes(pipe: Any) -> Iterator[None]:
     are written in 16. transformers' models load as they were saved, so these are written in fp32: a 16-bit text encoder
     between models loaded in fp32 cannot be sampled from.
     """
+    refuse_unsavable(pipe)
     changed: list[tuple[Any, torch.dtype, torch.dtype]] = []
     for model in pipe.components.values():
-        if not isinstance(model, torch.nn.Module) or getattr(model, "is_quantized", False):
+        quantized = getattr(model, "is_quantized", False) and not isinstance(model, PreTrainedModel)
+        if not isinstance(model, torch.nn.Module) or quantized:
             continue
         now = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         if isinstance(model, PreTrainedModel) and now != torch.float32:
@@ -92,11 +104,11 @@ def saved_dtypes(pipe: Any) -> Iterator[None]:
             changed.append((model, now, STORAGE_DTYPE))
     try:
         for model, _, dtype in changed:
-            model.to(dtype)
+            recast(model, dtype)
         yield
     finally:
         for model, dtype, _ in changed:
-            model.to(dtype)
+            recast(model, dtype)
 
 
 def _fits_16_bits(model: ModelMixin) -> bool:
@@ -152,6 +164,8 @@ class QuantizedLDMPipeline:
             pipe = load_pipeline(model, dtype=dtype or stored, device=options.device, **kwargs)
             return _dressed(pipe, **side_files(model, **hub))
         settings = _settings(replace(settings or Settings(), **asked), plan, target, dtype)
+        if settings.components:
+            kwargs |= loading_options(components_of(model, **hub), settings.components)
         pipe = load_pipeline(model, dtype=torch.float32, device=options.device, **kwargs)
         calls = _calls(pipe, inputs, settings, options.steps)
         outcome = quantize_pipeline(

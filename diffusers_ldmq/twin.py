@@ -8,7 +8,6 @@ cast a damaged one) is refused before, by the files' headers, and after, by the 
 
 import re
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from .calibration import layer_state
 from .config import NAME, LDMQConfig, LDMQMethod
-from .data_free import schemes_of
 from .errors import CheckpointError, LDMQError
 from .families import quantizable_layers
 from .guards import guard, unguard
@@ -31,6 +29,7 @@ from .manifest import prepare
 from .plugin import config_of, empty_like, refuse_adapters
 from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
+from .text_layers import in_fp32, is_read, refuse_packed, text_schemes
 
 
 class LDMQTextQuantizer(HfQuantizer):
@@ -125,33 +124,45 @@ class LDMQTextQuantizer(HfQuantizer):
         _enter(model, self)
         return model
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What the file will hold. Tied weights stay one tensor, by which transformers knows them."""
         state = model.state_dict()
         refuse_adapters(state)
         done: dict[tuple[int, torch.Size], Tensor] = {}
         for name, value in state.items():
             key = (value.data_ptr(), value.shape)
-            done.setdefault(key, stored(name, value))
+            done.setdefault(key, _stored(name, value))
             state[name] = done[key]
         return state, {}
+
+    def dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return super().dequantize(model, dtype or model.dtype)  # the config's may be a string
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, layer in quantized_layers(model).items():
             replace_layer(model, name, layer.dequantize(dtype))
         unguard(model)
-        return model
+        return model.to(dtype)
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _stored(name: str, value: Tensor) -> Tensor:
+    """As `stored`; values that came from bfloat16 go back to it where float16 cannot hold them."""
+    small = stored(name, value)
+    if small.dtype != torch.float32 or name.endswith("_scale"):
+        return small
+    rounded = value.to(torch.bfloat16)
+    return rounded if torch.equal(rounded.to(value.dtype), value) else value
 
 
 class _Quantize(ConversionOps):
@@ -175,26 +186,11 @@ class _Quantize(ConversionOps):
         return found
 
 
-def text_schemes(config: LDMQConfig, model: Any) -> dict[str, str]:
-    """Layer name -> scheme of a float text encoder's Linear layers.
-
-    Weights that an embedding shares stay float. Layers whose weight's dtype the model reads (T5's `wo`: it casts to any
-    dtype but int8) get 8 bits where 4 were asked for. Raises as `schemes_of`.
-    """
-    chosen = schemes_of(config.plan, model, config.modules_to_not_convert, (nn.Linear,))
-    tied = getattr(model, "all_tied_weights_keys", {})
-    shared = {name.removesuffix(".weight") for name in (*tied, *tied.values())}
-    chosen = {name: scheme for name, scheme in chosen.items() if name not in shared}
-    if not chosen:
-        raise LDMQError(f"quantization_config: no layer of {type(model).__name__} is left to quantize")
-    return {name: "w8a16" if _is_read(model, name) and _is_packed(s) else s for name, s in chosen.items()}
-
-
 def attach(model: Any) -> None:
     """Make a transformers model with quantized layers one that transformers saves. Raises CheckpointError for a layer
     that it could not run after loading."""
     for name, layer in quantized_layers(model).items():
-        _refuse_packed(model, name, layer.scheme.name)
+        refuse_packed(model, name, layer.scheme.name)
     quantizer = LDMQTextQuantizer(config_of(model), pre_quantized=True)
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, LDMQMethod.LDMQ
     _enter(model, quantizer)
@@ -216,33 +212,9 @@ def register() -> None:
 def _enter(model: Any, quantizer: LDMQTextQuantizer) -> None:
     model.config.quantization_config = quantizer.config
     for name, layer in quantized_layers(model).items():
-        if _is_read(model, name) and _in_fp32 not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(_in_fp32)
+        if is_read(model, name) and in_fp32 not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(in_fp32)
     guard(model)
-
-
-def _in_fp32(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What transformers keeps in fp32 in a float16 model overflows there: integers need only an fp32 input for that."""
-    return tuple(x.float() if isinstance(x, Tensor) and x.dtype == torch.float16 else x for x in inputs)
-
-
-def _is_read(model: Any, name: str) -> bool:
-    """Whether the model asks this layer for its weight's dtype, to keep its input in fp32."""
-    parts = name.split(".")
-    return any(fnmatchcase(part, kept) for kept in model._keep_in_fp32_modules or () for part in parts)
-
-
-def _is_packed(scheme: str) -> bool:
-    spec = parse_scheme(scheme).weight
-    return spec is not None and spec.bits < 8
-
-
-def _refuse_packed(model: Any, name: str, scheme: str) -> None:
-    if _is_read(model, name) and _is_packed(scheme):
-        raise CheckpointError(
-            f"layer {name!r} is {scheme}: {type(model).__name__} would cast its input to the packed weight's dtype; "
-            f"use w8a16 there"
-        )
 
 
 def _tensors(model: nn.Module, name: str) -> list[str]:
@@ -257,7 +229,7 @@ def _prepare(model: Any, entries: dict[str, dict[str, Any]]) -> None:
     for name, entry in entries.items():
         if name not in layers:
             raise CheckpointError(f"quantization_config names layer {name!r}, which {type(model).__name__} lacks")
-        _refuse_packed(model, name, entry["scheme"])
+        refuse_packed(model, name, entry["scheme"])
         empty = empty_like(layers[name])
         assert isinstance(empty, QuantLinear)
         try:

@@ -187,17 +187,20 @@ ORDER = (
     ("families", "selections", "observers", "planners", "backends"),
     ("packing", "gradient", "demands"),
     ("quantized_layer",),
-    ("layers", "manifest", "loading"),
+    ("layers", "manifest", "loading", "headers"),
     ("recording", "inputs"),
-    ("calibration",),
+    ("calibration", "guards"),
     ("quantization", "corrections"),
     ("noise", "curves"),
     ("profiling", "planning", "verification"),
     ("correction",),
-    ("settings",),
-    ("timing", "data_free", "guards"),
+    ("timing", "data_free"),
     ("config",),
+    ("text_layers",),
     ("plugin",),
+    ("twin",),
+    ("companions",),
+    ("settings",),
     ("closed_loop",),
     ("job",),
     ("checkpoints",),
@@ -313,6 +316,9 @@ before = state()
 import diffusers_ldmq
 assert state() == before
 assert "ldmq" in auto.AUTO_QUANTIZER_MAPPING and "ldmq" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers import auto as transformers_auto
+assert "ldmq" in transformers_auto.AUTO_QUANTIZER_MAPPING
+assert "ldmq" in transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING
 unwanted = {"matplotlib", "torchmetrics", "typer", "rich"} & {name.split(".")[0] for name in sys.modules}
 assert not unwanted, unwanted
 """
