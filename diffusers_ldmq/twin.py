@@ -70,6 +70,8 @@ class LDMQTextQuantizer(HfQuantizer):
             self._check_headers(model, files)
         else:
             self.wanted = text_schemes(self.config, model)
+            if all(file.endswith(".safetensors") for file in files):
+                _refuse_missing(model, model.state_dict().keys() - _renamed(model, read_headers(files), self).keys())
             entries = {name: {"scheme": s, "tensors": _tensors(model, name)} for name, s in self.wanted.items()}
             _prepare(model, entries)
             # a weight is rounded once, from what the file holds, and not to the model's dtype before
@@ -183,7 +185,15 @@ class _Quantize(ConversionOps):
                 found |= self.quantizer.quantized(name, tensor)
             except LDMQError as cause:  # transformers would log it and go on: raised when loading is done
                 self.quantizer.failure = self.quantizer.failure or cause
+                found |= _blank(kwargs["model"], name)
         return found
+
+
+def _blank(model: Any, name: str) -> dict[str, Tensor]:
+    """What a layer is made of, without values. name: of its weight."""
+    layer = name.removesuffix(".weight")
+    tensors = model.get_submodule(layer).state().tensors().items()
+    return {f"{layer}.{leaf}": torch.zeros_like(value, device="cpu") for leaf, value in tensors if leaf != "bias"}
 
 
 def attach(model: Any) -> None:
