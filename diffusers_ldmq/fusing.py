@@ -122,6 +122,7 @@ def _keep(layer: Any, kept: Unfused | None) -> None:
 
 def _fused(layer: Any, start: LayerState, adapters: dict[str, float], dtype: torch.dtype) -> LayerState:
     """The state of the base layer that started as `start`, with adapters of these scales in it."""
+    start = start.to(layer.base_layer.weight.device)  # it may have moved since its state was kept
     dense: Any = quantize_layer(layer.base_layer, start).dequantize(torch.float32)
     if start.bias is not None:
         dense.bias = nn.Parameter(start.bias.clone(), requires_grad=False)  # peft adds in place

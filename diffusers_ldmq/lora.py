@@ -82,7 +82,8 @@ class LoRAFusing:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers' own, with the branches that fusing made in the manifest."""
         model: Any = self
-        entries = getattr(model.config.get("quantization_config"), "layers", {})
+        # the attribute: saving makes plain data of the item of that name
+        entries = getattr(getattr(model.config, "quantization_config", None), "layers", {})
         for name, layer in quantized_layers(model).items():
             if name in entries and entries[name].get("rank", 0) != layer.rank:
                 entries[name] = entry_of(layer)
