@@ -295,7 +295,8 @@ def test_dequantizing_a_fused_model_gives_fused_float_weights(pipe: Any, files: 
     pipe.unet.dequantize()
     assert not quantized_layers(pipe.unet)
     for name in names:
-        assert torch.equal(pipe.unet.get_submodule(name).weight, expected[name].weight)
+        layer: Any = pipe.unet.get_submodule(name)
+        assert torch.equal(layer.weight, expected[name].weight)
 
 
 def test_a_copy_of_a_model_with_a_fused_adapter_is_a_model_of_its_own(pipe: Any, files: Path) -> None:
