@@ -4,9 +4,9 @@ Attaching works by itself, because quantized layers are Linear and Conv2d; what 
 fused, and refusals in words. What happens in one layer is in fusing.py.
 """
 
+import functools
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class LoRAFusing:
         """
         model: Any = self
         model.lora_scale, model._safe_fusing = lora_scale, safe_fusing
-        dtype, undo = _floating_dtype(model), list[partial[None]]()
+        dtype, undo = _floating_dtype(model), list[functools.partial[None]]()
         with torch.inference_mode(False), torch.no_grad():
             for name, layer in adapter_layers(model).items():
                 try:
@@ -44,7 +44,7 @@ class LoRAFusing:
                         model._fuse_lora_apply(layer, adapter_names)
                     elif names := to_fuse(layer, adapter_names):
                         now = held_by(layer.base_layer)
-                        undo.append(partial(restore, layer, now, vars(layer).get(KEPT)))
+                        undo.append(functools.partial(restore, layer, now, vars(layer).get(KEPT)))
                         fuse(layer, now, {n: layer.scaling[n] * lora_scale for n in names}, safe_fusing, dtype)
                 except (ValueError, RuntimeError) as cause:
                     for step in undo:
@@ -90,6 +90,22 @@ class LoRAFusing:
         return super().save_pretrained(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@functools.cache
+def show_float_shapes() -> None:
+    """Once there is a quantized model: let diffusers' Flux pipelines see the float shape of packed 4-bit weights. They
+    compare it with the adapter's, and would replace the layers by larger ones."""
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    of_float = FluxLoraLoaderMixin._calculate_module_shape
+
+    @functools.wraps(of_float)
+    def shape(model: Any, base_module: Any = None, base_weight_param_name: str | None = None) -> torch.Size:
+        layer = base_module or model.get_submodule(str(base_weight_param_name).removesuffix(".weight"))
+        return torch.Size(layer.geometry.shape) if is_quantized(layer) else of_float(model, base_module=layer)
+
+    FluxLoraLoaderMixin._calculate_module_shape = staticmethod(shape)
+
+
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
     """peft's adapter layers, by the name of the layer that they wrap."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -113,7 +129,7 @@ def _four_dimensional(model: nn.Module) -> Iterator[None]:
     """peft asks a convolution's weight how many dimensions it has, and packed 4-bit codes have two."""
     weights = [layer._parameters["weight"] for layer in quantized_layers(model).values() if layer.geometry.is_conv]
     for weight in weights:
-        vars(weight)["dim"] = partial(int, 4)  # before the method of that name
+        vars(weight)["dim"] = functools.partial(int, 4)  # before the method of that name
     try:
         yield
     finally:

@@ -134,7 +134,8 @@ class LDMQQuantizer(DiffusersQuantizer):
         if adapters:
             raise CheckpointError(
                 f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
-                f"can load; call unload_lora_weights() first and share the LoRA as a file of its own"
+                f"can load; call unload_lora_weights() first and share the LoRA as a file of its own; with fuse_lora() before "
+                f"that its effect stays"
             )
         if not safe_serialization:
             raise CheckpointError("quantized models are saved as safetensors only; leave safe_serialization=True")

@@ -9,14 +9,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import MAKERS, picture
 from torch import Tensor, nn
 
 from diffusers_ldmq import calibrate, make_plan, quantize
 from diffusers_ldmq.errors import CheckpointError, LDMQError
-from diffusers_ldmq.families import layer_table
+from diffusers_ldmq.families import find_denoiser, layer_table
 from diffusers_ldmq.layers import QuantConv2d, QuantLinear, quantized_layers
 from diffusers_ldmq.lora import LoRAFusing, adapter_layers
 from diffusers_ldmq.metrics import sqnr
@@ -291,7 +292,7 @@ def test_dequantizing_a_fused_model_gives_fused_float_weights(pipe: Any, files: 
     pipe.fuse_lora(components=["unet"])
     pipe.unload_lora_weights()
     names = list(quantized_layers(pipe.unet))
-    expected = {name: layer.dequantize() for name, layer in quantized_layers(pipe.unet).items()}
+    expected: dict[str, Any] = {name: layer.dequantize() for name, layer in quantized_layers(pipe.unet).items()}
     pipe.unet.dequantize()
     assert not quantized_layers(pipe.unet)
     for name in names:
@@ -342,59 +343,63 @@ def quantized(pipe: Any) -> set[str]:
     return set(quantized_layers(pipe.unet))
 
 
-def tiny_quantized(scheme: str) -> Any:
-    """A tiny Flux transformer with random weights and every layer in that data-free scheme."""
-    torch.manual_seed(0)
-    model: Any = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
-    return quantized_in_place(model, scheme)
-
-
 def quantized_in_place(model: Any, scheme: str) -> Any:
+    """The model with every layer in that data-free scheme."""
     quantize(model, calibrate(model, make_plan(layer_table(model), planner="uniform", scheme=scheme), None))
     attach(model)
     return fusing(model)
 
 
+FAMILIES = {"flux": ["to_q", "proj_out", "ff.net.2"], "sd3": ["to_k", "ff.net.2"], "sdxl": ["to_q", "conv1", "proj_in"]}
+"""Name of a tiny pipeline -> what its adapters are put on."""
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dyn", "w4a16"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_pipelines_of_other_families_load_fuse_save_and_unload_adapters(
+    family: str, scheme: str, tmp_path: Path
+) -> None:
+    source = MAKERS[family]()
+    component, unit = find_denoiser(source)
+    add_random(unit, "a", 0, FAMILIES[family])
+    layers = {f"{component}_lora_layers": peft.get_peft_model_state_dict(unit, adapter_name="a")}
+    source.save_lora_weights(tmp_path, **layers)
+    pipe = MAKERS[family]()
+    model = quantized_in_place(getattr(pipe, component), scheme)
+    before, plain = tensors(model), picture(pipe, family)
+    pipe.load_lora_weights(tmp_path)
+    assert len(adapter_layers(model)) == len(adapter_layers(unit)) > 2
+    attached = picture(pipe, family)
+    pipe.fuse_lora(components=[component])
+    fused = picture(pipe, family)
+    assert sqnr(attached, fused) > sqnr(attached, plain) + 3
+    pipe.unfuse_lora(components=[component])
+    assert same(tensors(model), before)
+    assert torch.equal(picture(pipe, family), attached)
+    pipe.fuse_lora(components=[component])
+    pipe.unload_lora_weights()
+    assert torch.equal(picture(pipe, family), fused)
+    model.save_pretrained(tmp_path / "fused")
+    kind: Any = type(unit)
+    loaded = kind.from_pretrained(tmp_path / "fused")
+    assert same(tensors(loaded), tensors(model))
+
+
+def tiny_quantized(scheme: str) -> Any:
+    """A tiny Flux transformer with every layer in that scheme."""
+    return quantized_in_place(MAKERS["flux"]().transformer, scheme)
+
+
 def flux_output(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(5)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    ids = torch.zeros(4, 3)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 4, 32, generator=generator),
+        "pooled_projections": torch.randn(1, 32, generator=generator),
+    }
+    still = {"timestep": torch.tensor([0.5]), "guidance": torch.tensor([3.0])}
     with torch.no_grad():
-        return model(
-            hidden_states=draw(1, 4, 4),
-            encoder_hidden_states=draw(1, 4, 32),
-            pooled_projections=draw(1, 32),
-            timestep=torch.tensor([0.5]),
-            img_ids=ids,
-            txt_ids=ids,
-        ).sample
-
-
-@pytest.mark.parametrize("scheme", ["w8a16", "w8a8-dyn", "w4a16"])
-def test_a_transformer_fuses_and_unfuses_like_a_unet(scheme: str) -> None:
-    model = tiny_quantized(scheme)
-    before, plain = tensors(model), flux_output(model)
-    add_random(model, "a", 0, ["to_q", "to_k", "proj_out", "ff.net.2"])
-    attached = flux_output(model)
-    assert sqnr(attached, plain) < 30
-    model.fuse_lora(lora_scale=1.0)
-    fused = flux_output(model)
-    assert sqnr(attached, fused) > sqnr(attached, plain) + 6
-    model.unfuse_lora()
-    assert same(tensors(model), before)
-    assert torch.equal(flux_output(model), attached)
-    model.fuse_lora()
-    model.unload_lora()
-    assert torch.equal(flux_output(model), fused)
+        return model(**inputs, **still, img_ids=torch.zeros(4, 3), txt_ids=torch.zeros(4, 3)).sample
 
 
 @pytest.mark.parametrize("config", [peft.LoKrConfig, peft.LoHaConfig])
