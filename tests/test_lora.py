@@ -385,6 +385,27 @@ def test_pipelines_of_other_families_load_fuse_save_and_unload_adapters(
     assert same(tensors(loaded), tensors(model))
 
 
+@pytest.mark.parametrize("scheme", ["w8a16", "w4a16"])
+def test_a_model_in_bfloat16_is_fused_in_bfloat16_and_comes_back_bit_identically(scheme: str, tmp_path: Path) -> None:
+    """Adapters stay fp32; branches get the model's dtype, also in layers that have no bias."""
+    unit: Any = MAKERS["sdxl"]().unet
+    plan = make_plan(layer_table(unit), planner="uniform", scheme=scheme)
+    quantize(unit, calibrate(unit, plan, None), dtype=torch.bfloat16)
+    attach(fusing(unit))
+    before = tensors(unit)
+    add_random(unit, "a", 0, ["to_q", "conv1"])
+    unit.fuse_lora()
+    branches = {value.dtype for key, value in unit.state_dict().items() if key.endswith(("low_rank_a", "low_rank_b"))}
+    assert branches == (set() if scheme == "w8a16" else {torch.bfloat16})
+    unit.unfuse_lora()
+    assert same(tensors(unit), before)
+    unit.fuse_lora()
+    unit.unload_lora()
+    unit.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert same(tensors(loaded), tensors(unit))
+
+
 def tiny_quantized(scheme: str) -> Any:
     """A tiny Flux transformer with every layer in that scheme."""
     return quantized_in_place(MAKERS["flux"]().transformer, scheme)
