@@ -74,7 +74,7 @@ def to_fuse(layer: Any, adapter_names: list[str] | None) -> list[str]:
     """Which of the adapters asked for this layer has and holds unfused."""
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
-    available = layer._get_available_adapters()
+    available = layer._all_available_adapter_names()
     return [name for name in check_adapters_to_merge(layer, adapter_names) if name in available]
 
 
@@ -87,7 +87,7 @@ def fuse(layer: Any, now: Held, scales: dict[str, float], safe: bool, dtype: tor
     kept = vars(layer).get(KEPT) or Unfused(now, {})
     if isinstance(now, LayerState):
         # from the original codes, unless an adapter in them was deleted meanwhile
-        intact = kept.scales.keys() <= layer._get_available_adapters()
+        intact = kept.scales.keys() <= set(layer._all_available_adapter_names())
         start, adapters = (kept.held, kept.scales | scales) if intact else (now, scales)
         assert isinstance(start, LayerState)
         layer.base_layer.load_state(_fused(layer, start, adapters, dtype))

@@ -63,7 +63,11 @@ class LoRAFusing:
         _refuse_unfit(model, adapter_name)
 
     def load_lora_adapter(
-        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = "transformer", **kwargs: Any
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """As diffusers' own. Raises LDMQError for an adapter that reads the weight of a quantized layer."""
         model: Any = self
@@ -74,7 +78,7 @@ class LoRAFusing:
         scaled = {key.split(".lora_magnitude_vector")[0].removeprefix(start) for key in keys if "lora_magn" in key}
         _refuse_dora([name for name in _quantized(model) if name in scaled])
         with _four_dimensional(model):
-            found = super().load_lora_adapter(source, prefix=prefix, **kwargs)  # pyright: ignore
+            found = super().load_lora_adapter(source, prefix, hotswap, **kwargs)  # pyright: ignore
         for adapter_name in set(getattr(model, "peft_config", ())) - before:
             _refuse_unfit(model, adapter_name)
         return found
@@ -96,7 +100,9 @@ def show_float_shapes() -> None:
     compare it with the adapter's, and would replace the layers by larger ones."""
     from diffusers.loaders import FluxLoraLoaderMixin
 
-    of_float = FluxLoraLoaderMixin._calculate_module_shape
+    of_float = getattr(FluxLoraLoaderMixin, "_calculate_module_shape", None)
+    if of_float is None:  # another version of diffusers, which does not ask
+        return
 
     @functools.wraps(of_float)
     def shape(model: Any, base_module: Any = None, base_weight_param_name: str | None = None) -> torch.Size:
@@ -134,7 +140,7 @@ def _four_dimensional(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for weight in weights:
-            vars(weight).pop("dim")
+            vars(weight).pop("dim", None)
 
 
 def _refuse_dora(names: Collection[str]) -> None:
@@ -150,7 +156,7 @@ def _refuse_unfit(model: Any, adapter_name: str) -> None:
     and LoKr its shape, which packed 4-bit codes do not have."""
     for name, layer in adapter_layers(model).items():
         base = layer.get_base_layer()
-        if not is_quantized(base) or adapter_name not in layer._get_available_adapters():
+        if not is_quantized(base) or adapter_name not in layer._all_available_adapter_names():
             continue
         if getattr(layer, "use_dora", {}).get(adapter_name, False):
             model.delete_adapters(adapter_name)

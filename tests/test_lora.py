@@ -240,6 +240,22 @@ def test_several_adapters_with_weights_are_mixed_switched_off_and_deleted(
     assert torch.equal(output(pipe.unet), plain)
 
 
+def test_an_adapter_is_swapped_for_another_in_place_and_fused_afterwards(pipe: Any, files: Path) -> None:
+    pipe.load_lora_weights(files, weight_name="b.safetensors")
+    expected = output(pipe.unet)
+    pipe.unload_lora_weights()
+    before = tensors(pipe.unet)
+    pipe.unet.enable_lora_hotswap(target_rank=8)  # its scales become tensors, its ranks are padded
+    pipe.load_lora_weights(files, weight_name="a.safetensors", adapter_name="x")
+    pipe.load_lora_weights(files, weight_name="b.safetensors", adapter_name="x", hotswap=True)
+    swapped = output(pipe.unet)
+    assert sqnr(expected, swapped) > 60
+    pipe.fuse_lora(components=["unet"], lora_scale=0.5)
+    pipe.unfuse_lora(components=["unet"])
+    assert torch.equal(output(pipe.unet), swapped)
+    assert same(tensors(pipe.unet), before)
+
+
 def test_adapter_names_choose_what_is_fused(pipe: Any, files: Path) -> None:
     pipe.load_lora_weights(files, weight_name="a.safetensors", adapter_name="a")
     pipe.load_lora_weights(files, weight_name="b.safetensors", adapter_name="b")
