@@ -12,6 +12,7 @@ from torch import nn
 
 from .errors import LDMQError
 from .layers import quantized_layers
+from .lora import show_float_shapes
 
 REFUSALS = {
     "enable_layerwise_casting": "layerwise casting would cast biases and the float rest below 16 bits and leave the "
@@ -57,6 +58,7 @@ def guard(model: nn.Module) -> None:
         if hasattr(kind, name):
             setattr(model, name, functools.partial(function, model))
     _guard_copying()
+    show_float_shapes()
 
 
 def unguard(model: nn.Module) -> None:

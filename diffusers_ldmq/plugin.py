@@ -136,7 +136,8 @@ class LDMQQuantizer(DiffusersQuantizer):
         if adapters:
             raise CheckpointError(
                 f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
-                f"can load; call unload_lora_weights() first and share the LoRA as a file of its own"
+                f"can load; call unload_lora_weights() first (and fuse_lora() before that to keep what it does), and "
+                f"share the LoRA as a file of its own"
             )
         if not safe_serialization:
             raise CheckpointError("quantized models are saved as safetensors only; leave safe_serialization=True")

@@ -191,6 +191,8 @@ ORDER = (
     ("recording", "inputs"),
     ("calibration",),
     ("quantization", "corrections"),
+    ("fusing",),
+    ("lora",),
     ("noise", "curves"),
     ("profiling", "planning", "verification"),
     ("correction",),
