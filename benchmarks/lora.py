@@ -31,7 +31,7 @@ from diffusers_ldmq.calls import Batch, Recording, run
 from diffusers_ldmq.demo import demo_captions
 from diffusers_ldmq.demo.job import GUIDANCE, STEPS
 from diffusers_ldmq.families import layer_table
-from diffusers_ldmq.lora import LoRAFusing, adapter_layers
+from diffusers_ldmq.lora import adapter_layers
 from diffusers_ldmq.metrics import Power, total
 from diffusers_ldmq.plugin import attach
 from diffusers_ldmq.sampling import Sampling, sample_pictures
@@ -118,9 +118,6 @@ def quantized(recording: Recording, scheme: str) -> Any:
     pipe = pipeline("bundled")
     quantize(pipe.unet, calibrated(pipe.unet, recording, scheme))
     attach(pipe.unet)
-    kind = type(pipe.unet)
-    if not issubclass(kind, LoRAFusing):
-        pipe.unet.__class__ = type(kind.__name__, (LoRAFusing, kind), {"__module__": kind.__module__})
     return pipe
 
 

@@ -1,4 +1,4 @@
-"""LoRA on models with quantized layers, as users know it from diffusers: a mixin over the model's class.
+"""LoRA on models with quantized layers, as users know it from diffusers: what guards.py puts before their own methods.
 
 Attaching works by itself, because quantized layers are Linear and Conv2d; what is here is fusing, saving what was
 fused, and refusals in words. What happens in one layer is in fusing.py.
@@ -18,80 +18,73 @@ from .layers import quantized_layers
 from .manifest import entry_of
 
 
-class LoRAFusing:
-    """Mixin over diffusers' model classes, in front of them: LoRA as users know it, on models with quantized layers.
+def fuse_lora(
+    model: Any, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+) -> None:
+    """Put the active adapters, or those of `adapter_names`, into the layers, scaled by lora_scale.
 
     Nothing is rounded twice: adapters that are fused later start from the original codes again. `lora_scale` holds for
     what is fused only; once unfused, an adapter acts as it did before. Ranges of inputs stay as they are, because
-    fusing does not change what a layer reads.
+    fusing does not change what a layer reads. Integers cannot hold NaN or Inf, so quantized layers are checked for them
+    whatever `safe_fusing` says. Raises LDMQError naming the layer if one cannot be fused; then every layer is as it was
+    before the call.
     """
+    model.lora_scale, model._safe_fusing = lora_scale, safe_fusing
+    dtype, undo = _floating_dtype(model), list[functools.partial[None]]()
+    with torch.inference_mode(False), torch.no_grad():
+        for name, layer in adapter_layers(model).items():
+            try:
+                if not is_fusible(layer):
+                    model._fuse_lora_apply(layer, adapter_names)
+                elif names := to_fuse(layer, adapter_names):
+                    now = held_by(layer.base_layer)
+                    undo.append(functools.partial(restore, layer, now, vars(layer).get(KEPT)))
+                    fuse(layer, now, {n: layer.scaling[n] * lora_scale for n in names}, safe_fusing, dtype)
+            except (ValueError, RuntimeError) as cause:
+                for step in undo:
+                    step()
+                raise LDMQError(f"fuse_lora, layer {name!r}: {cause} (nothing was fused)") from cause
 
-    def fuse_lora(
-        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
-    ) -> None:
-        """Put the active adapters, or those of `adapter_names`, into the layers, scaled by lora_scale.
 
-        Integers cannot hold NaN or Inf, so quantized layers are checked for them whatever `safe_fusing` says.
-        Raises LDMQError naming the layer if one cannot be fused; then every layer is as it was before the call.
-        """
-        model: Any = self
-        model.lora_scale, model._safe_fusing = lora_scale, safe_fusing
-        dtype, undo = _floating_dtype(model), list[functools.partial[None]]()
-        with torch.inference_mode(False), torch.no_grad():
-            for name, layer in adapter_layers(model).items():
-                try:
-                    if not is_fusible(layer):
-                        model._fuse_lora_apply(layer, adapter_names)
-                    elif names := to_fuse(layer, adapter_names):
-                        now = held_by(layer.base_layer)
-                        undo.append(functools.partial(restore, layer, now, vars(layer).get(KEPT)))
-                        fuse(layer, now, {n: layer.scaling[n] * lora_scale for n in names}, safe_fusing, dtype)
-                except (ValueError, RuntimeError) as cause:
-                    for step in undo:
-                        step()
-                    raise LDMQError(f"fuse_lora, layer {name!r}: {cause} (nothing was fused)") from cause
+def add_adapter(model: Any, adapter_config: Any, adapter_name: str = "default") -> None:
+    """As diffusers' own. Raises LDMQError for an adapter that reads the weight of a quantized layer."""
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
-        """As diffusers' own. Raises LDMQError for an adapter that reads the weight of a quantized layer."""
-        from peft.tuners.tuners_utils import check_target_module_exists
+    if getattr(adapter_config, "use_dora", False):
+        _refuse_dora([n for n in _quantized(model) if check_target_module_exists(adapter_config, n)])
+    with _four_dimensional(model):
+        type(model).add_adapter(model, adapter_config, adapter_name)
+    _refuse_unfit(model, adapter_name)
 
-        model: Any = self
-        if getattr(adapter_config, "use_dora", False):
-            _refuse_dora([n for n in _quantized(model) if check_target_module_exists(adapter_config, n)])
-        with _four_dimensional(model):
-            super().add_adapter(adapter_config, adapter_name)  # pyright: ignore[reportAttributeAccessIssue]
+
+def load_lora_adapter(
+    model: Any,
+    pretrained_model_name_or_path_or_dict: Any,
+    prefix: str | None = "transformer",
+    hotswap: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """As diffusers' own. Raises LDMQError for an adapter that reads the weight of a quantized layer."""
+    source = pretrained_model_name_or_path_or_dict
+    before = set(getattr(model, "peft_config", ()))
+    start = "" if prefix is None else f"{prefix}."
+    keys = source if isinstance(source, dict) else ()
+    scaled = {key.split(".lora_magnitude_vector")[0].removeprefix(start) for key in keys if "lora_magn" in key}
+    _refuse_dora([name for name in _quantized(model) if name in scaled])
+    with _four_dimensional(model):
+        found = type(model).load_lora_adapter(model, source, prefix, hotswap, **kwargs)
+    for adapter_name in set(getattr(model, "peft_config", ())) - before:
         _refuse_unfit(model, adapter_name)
+    return found
 
-    def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: Any,
-        prefix: str | None = "transformer",
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """As diffusers' own. Raises LDMQError for an adapter that reads the weight of a quantized layer."""
-        model: Any = self
-        source = pretrained_model_name_or_path_or_dict
-        before = set(getattr(model, "peft_config", ()))
-        start = "" if prefix is None else f"{prefix}."
-        keys = source if isinstance(source, dict) else ()
-        scaled = {key.split(".lora_magnitude_vector")[0].removeprefix(start) for key in keys if "lora_magn" in key}
-        _refuse_dora([name for name in _quantized(model) if name in scaled])
-        with _four_dimensional(model):
-            found = super().load_lora_adapter(source, prefix, hotswap, **kwargs)  # pyright: ignore
-        for adapter_name in set(getattr(model, "peft_config", ())) - before:
-            _refuse_unfit(model, adapter_name)
-        return found
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As diffusers' own, with the branches that fusing made in the manifest."""
-        model: Any = self
-        # the attribute: saving makes plain data of the item of that name
-        entries = getattr(getattr(model.config, "quantization_config", None), "layers", {})
-        for name, layer in quantized_layers(model).items():
-            if name in entries and entries[name].get("rank", 0) != layer.rank:
-                entries[name] = entry_of(layer)
-        return super().save_pretrained(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+def update_manifest(model: Any) -> None:
+    """Enter the branches that fusing made, or took away again, into what config.json will say."""
+    # the attribute: saving makes plain data of the item of that name
+    entries = getattr(getattr(model.config, "quantization_config", None), "layers", {})
+    for name, layer in quantized_layers(model).items():
+        if name in entries and entries[name].get("rank", 0) != layer.rank:
+            entries[name] = entry_of(layer)
 
 
 @functools.cache

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from diffusers_ldmq.corrections import CORRECTIONS, LayerInputs
 from diffusers_ldmq.corrections.contract import rebuild
+from diffusers_ldmq.guards import guard
 from diffusers_ldmq.layers import quantize_layer
-from diffusers_ldmq.lora import LoRAFusing
 from diffusers_ldmq.metrics import sqnr
 from diffusers_ldmq.quantization import replace_layer
 from diffusers_ldmq.specs import LayerState, parse_scheme
@@ -90,8 +90,7 @@ def test_fusing_keeps_the_correction_and_unfusing_restores_every_bit(
 ) -> None:
     """The sum is quantized in the correction's own coordinates; the codes hold what the branch leaves of it."""
     denoiser = denoiser_of("bundled")
-    kind = type(denoiser)
-    denoiser.__class__ = type(kind.__name__, (LoRAFusing, kind), {"__module__": kind.__module__})
+    guard(denoiser)
     layer = denoiser.get_submodule(name)
     x = loud_input(layer)
     state = corrected(layer, correction, x)

@@ -51,7 +51,7 @@ def adapted(base: Any, *names: str, **options: Any) -> Any:
     config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=True, **options)
     kind = LoraLinear if isinstance(base, nn.Linear) else LoraConv2d
     if isinstance(base, nn.Conv2d):
-        vars(base._parameters["weight"])["dim"] = lambda: 4  # as LoRAFusing does while a model gets its adapters
+        vars(base._parameters["weight"])["dim"] = lambda: 4  # as lora.add_adapter does while a model gets its adapters
     layer: Any = kind(base, names[0], r=4, lora_alpha=8, config=config)
     for name in names[1:]:
         layer.update_layer(name, 4, 8, config=config)

@@ -179,9 +179,7 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / FILE)
     (folder / FILE).unlink()
     torch.save(tensors, folder / "diffusion_pytorch_model.bin")
-    with pytest.raises(
-        CheckpointError, match="model.bin: quantized models are read from safetensors"
-    ):
+    with pytest.raises(CheckpointError, match="model.bin: quantized models are read from safetensors"):
         UNet2DModel.from_pretrained(folder)
 
 

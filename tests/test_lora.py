@@ -19,7 +19,7 @@ from diffusers_ldmq import calibrate, make_plan, quantize
 from diffusers_ldmq.errors import CheckpointError, LDMQError
 from diffusers_ldmq.families import find_denoiser, layer_table
 from diffusers_ldmq.layers import QuantConv2d, QuantLinear, quantized_layers
-from diffusers_ldmq.lora import LoRAFusing, adapter_layers
+from diffusers_ldmq.lora import adapter_layers, fuse_lora
 from diffusers_ldmq.metrics import sqnr
 from diffusers_ldmq.plugin import attach
 from diffusers_ldmq.quantization import replace_layer
@@ -27,14 +27,6 @@ from diffusers_ldmq.quantization import replace_layer
 pytestmark = pytest.mark.filterwarnings("ignore:Already f::peft")  # peft's hint that there are other adapters
 TARGETS = ["to_q", "to_out.0", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj", "proj_in"]
 """Linear and Conv2d, 3x3 and 1x1; in `mixed_denoiser` their layers have every scheme, float too."""
-
-
-def fusing(model: Any) -> Any:
-    """The model with LoRAFusing in front of its class."""
-    kind = type(model)
-    if not isinstance(model, LoRAFusing):
-        model.__class__ = type(kind.__name__, (LoRAFusing, kind), {"__module__": kind.__module__})
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +41,7 @@ def pipe(made: dict[str, Any], make: Callable[[str], Any], mixed_denoiser: Calla
     if "unet" not in made:
         made["unet"] = mixed_denoiser("bundled")
     pipe = make("bundled")
-    pipe.unet = fusing(copy.deepcopy(made["unet"]))
+    pipe.unet = copy.deepcopy(made["unet"])
     return pipe
 
 
@@ -331,7 +323,7 @@ def test_a_fused_model_in_another_process_unfuses_too(mixed_denoiser: Callable[[
     """Unfusing needs nothing but what the adapter layers hold; the wrapped layers alone survive a pickle."""
     import pickle
 
-    unet = fusing(mixed_denoiser("bundled"))
+    unet = mixed_denoiser("bundled")
     add_random(unet, "a", 0, ["conv1"])
     before = tensors(unet)
     unet.fuse_lora()
@@ -363,7 +355,7 @@ def quantized_in_place(model: Any, scheme: str) -> Any:
     """The model with every layer in that data-free scheme."""
     quantize(model, calibrate(model, make_plan(layer_table(model), planner="uniform", scheme=scheme), None))
     attach(model)
-    return fusing(model)
+    return model
 
 
 FAMILIES = {"flux": ["to_q", "proj_out", "ff.net.2"], "sd3": ["to_k", "ff.net.2"], "sdxl": ["to_q", "conv1", "proj_in"]}
@@ -407,7 +399,7 @@ def test_a_model_in_bfloat16_is_fused_in_bfloat16_and_comes_back_bit_identically
     unit: Any = MAKERS["sdxl"]().unet
     plan = make_plan(layer_table(unit), planner="uniform", scheme=scheme)
     quantize(unit, calibrate(unit, plan, None), dtype=torch.bfloat16)
-    attach(fusing(unit))
+    attach(unit)
     before = tensors(unit)
     add_random(unit, "a", 0, ["to_q", "conv1"])
     unit.fuse_lora()
@@ -466,18 +458,15 @@ def test_adapters_of_two_kinds_are_not_fused_at_once() -> None:
 
 
 def test_a_grouped_convolution_is_refused_as_in_floating_point() -> None:
-    class Model(LoRAFusing, nn.Module):
-        conv: Any
-
     layer = nn.Conv2d(8, 8, 3, groups=2)
     from diffusers_ldmq.calibration import layer_state
     from diffusers_ldmq.layers import quantize_layer
     from diffusers_ldmq.specs import parse_scheme
 
-    model: Any = Model()
+    model: Any = nn.Module()
     model.conv = quantize_layer(layer, layer_state("conv", layer, parse_scheme("w8a16"), None))
     with pytest.warns(UserWarning, match="groups > 1"):
         peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules=["conv"]), model)
     assert isinstance(model.conv, BaseTunerLayer)
     with pytest.raises(LDMQError, match=r"layer 'conv': Merging is not supported.*groups > 1.*\(nothing was fused\)"):
-        model.fuse_lora()
+        fuse_lora(model)
