@@ -19,7 +19,7 @@ from .affine import dequantize_weight
 from .backends import Backend, choose_backend
 from .compiled import new_handle, run_compiled
 from .errors import BackendError, LDMQError
-from .gradient import straight_through
+from .gradient import autocast, straight_through
 from .packing import Pack, identity, is_current, is_stand_in, leave_file, make_stand_in
 from .specs import Geometry, LayerState, Scheme, check_rotation, check_state, geometry_of, parse_scheme, tensor_specs
 
@@ -135,11 +135,17 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Output in the input's dtype. input: float [..., K] or [B, C, h, w]. Gradients reach the input
-        straight through the rounding; the integers themselves get none."""
+        """Output in the input's dtype, under autocast in its dtype. input: float [..., K] or [B, C, h, w].
+
+        Gradients reach the input straight through the rounding; the integers themselves get none.
+        """
         handle = self._handle
         if handle is None:
             return super().forward(input)
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.forward(autocast(input))
         if torch.compiler.is_compiling():
             return run_compiled(input, handle, self.geometry)
         if input.requires_grad and torch.is_grad_enabled():
