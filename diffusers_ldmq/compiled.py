@@ -81,7 +81,7 @@ def _conv2d(x: Tensor, handle: Tensor, *geometry: Sequence[int]) -> Tensor:
 def _input_gradient(grad: Tensor, handle: Tensor, shape: Sequence[int], is_conv: bool) -> Tensor:
     layer = _layer(handle)
     weight = layer._own_weight().to(grad.dtype)
-    return arranged(dense_gradient(grad, weight, torch.Size(shape), layer.geometry), is_conv)
+    return dense_gradient(grad, weight, torch.Size(shape), layer.geometry)
 
 
 def _linear_shape(x: Tensor, handle: Tensor, outputs: int) -> Tensor:

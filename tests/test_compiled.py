@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel, WanTransformer3DModel
 from peft import LoraConfig
+from tiny_pipelines import text_unet
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -182,21 +183,21 @@ def test_a_unets_repeated_blocks_compile_as_often_as_the_float_ones() -> None:
             quantize_blocks(unet)
         inputs = {**x, "encoder_hidden_states": torch.randn(2, 16, unet.config["cross_attention_dim"])}
         truth = unet(**inputs).sample
-        unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        unet.compile_repeated_blocks(backend="eager", fullgraph=True)
         assert torch.equal(unet(**inputs).sample, truth)
         found.append(graphs())
     assert found == [3, 3]
 
 
 def test_batches_of_any_size_share_a_graph(mixed_denoiser: Mixed, recordings: Recordings) -> None:
-    denoiser, recording = mixed_denoiser("dit"), recordings("dit")
+    denoiser, recording = mixed_denoiser("pixel"), recordings("pixel")
     twin = copy.deepcopy(denoiser)
-    denoiser.compile(backend="aot_eager", fullgraph=True, dynamic=True)
+    denoiser.compile(backend="eager", fullgraph=True, dynamic=True)
     batch = recording.batch(recording.calls[0])
     for times in (1, 2, 5):
         larger = repeated(batch, times)
         assert torch.equal(run(denoiser, larger), run(twin, larger))
-    assert graphs() == 2  # as for the float denoiser, which keeps the first call's number of timesteps
+    assert graphs() == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 7, 5), (3, 6, 4, 9), (2, 6, 12, 12)], ids=str)
@@ -259,48 +260,54 @@ def gradients(denoiser: Any, batch: Batch) -> dict[str, Tensor]:
     return {**{k: v.grad for k, v in inputs.items() if isinstance(v, Tensor) and v.grad is not None}, **trained}
 
 
-@pytest.mark.parametrize("kind", ["pixel", "dit"], indirect=True)
 def test_gradients_through_the_compiled_denoiser_are_the_eager_ones(
-    kind: str, mixed_denoiser: Mixed, recordings: Recordings
+    mixed_denoiser: Mixed, recordings: Recordings
 ) -> None:
-    denoiser, recording = mixed_denoiser(kind), recordings(kind)
+    denoiser, recording = mixed_denoiser("pixel"), recordings("pixel")
     batch = recording.batch(recording.calls[0])
     truth = gradients(denoiser, batch)
     denoiser.compile(backend="aot_eager", fullgraph=True)
     found = gradients(denoiser, batch)
     assert found.keys() == truth.keys()
-    assert any(name in truth for name in ("sample", "hidden_states"))
-    assert all(sqnr(truth[name], found[name]) > 90 for name in truth if truth[name].any())
+    assert "sample" in truth
+    assert all(torch.equal(truth[name], found[name]) for name in truth)
     assert graphs() == 1
 
 
-def lora_of(denoiser: nn.Module) -> LoraConfig:
-    """On linears of every scheme and on the 8-bit convolutions (peft reads a convolution's kernel off its weight)."""
-    layers = quantized_layers(denoiser)
-    linears = [name for name in layers if name.endswith(("to_q", "ff.net.2"))]
-    convs = [name for name, layer in layers.items() if name.endswith("conv1") and layer.weight.dim() == 4]  # pyright: ignore
-    assert linears
-    assert convs
-    return LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=[*linears, *convs])
+def quantized_text_unet() -> Any:
+    """Stable Diffusion's kind of U-Net: linears in all data-free schemes, convolutions in the 8-bit ones."""
+    torch.manual_seed(0)
+    unet = text_unet().eval()
+    for index, (name, layer) in enumerate(
+        [(n, m) for n, m in unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    ):
+        schemes = DATA_FREE if isinstance(layer, nn.Linear) else DATA_FREE[:2]
+        scheme = parse_scheme(schemes[index % len(schemes)])
+        unet.set_submodule(name, quantize_layer(layer, layer_state(name, layer, scheme, None)))
+    return unet
 
 
-def test_a_lora_that_comes_after_compiling_is_heard_trained_and_gone_again(
-    mixed_denoiser: Mixed, recordings: Recordings
-) -> None:
-    denoiser, recording = mixed_denoiser("bundled"), recordings("bundled")
-    batch, twin = recording.batch(recording.calls[0]), copy.deepcopy(denoiser)
+def test_a_lora_that_comes_after_compiling_is_heard_trained_and_gone_again() -> None:
+    denoiser = quantized_text_unet()
+    twin = copy.deepcopy(denoiser)
+    inputs = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor(500)}
+    batch = Batch({**inputs, "encoder_hidden_states": torch.randn(2, 5, 32)}, inputs["sample"], 500.0)
     plain = run(twin, batch)
-    denoiser.compile(backend="aot_eager", fullgraph=True)
+    denoiser.compile(backend="eager", fullgraph=True)  # gradients of AOT graphs: the test above
     assert torch.equal(run(denoiser, batch), plain)
     for model in (denoiser, twin):
         torch.manual_seed(0)
-        model.add_adapter(lora_of(model))
+        targets = ["to_q", "ff.net.2", "conv1"]
+        model.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=targets))
+    truth = gradients(twin, batch)
+    found = gradients(denoiser, batch)
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(truth[name], found[name]) for name in truth)
+    kinds = {type(m.base_layer).__name__ for m in denoiser.modules() if hasattr(m, "base_layer")}
+    assert kinds == {"QuantLinear", "QuantConv2d"}
+    assert sum("lora" in name for name in truth) > 20
     assert torch.equal(run(denoiser, batch), run(twin, batch))
     assert sqnr(plain, run(denoiser, batch)) < 30
-    found, truth = gradients(denoiser, batch), gradients(twin, batch)
-    assert found.keys() == truth.keys()
-    assert all(sqnr(truth[name], found[name]) > 90 for name in truth)
-    assert sum("lora" in name for name in truth) > 50
     denoiser.delete_adapters("default")
     assert torch.equal(run(denoiser, batch), plain)
 
@@ -417,7 +424,7 @@ def test_a_graph_whose_layer_is_gone_says_so() -> None:
     assert handle is not None
     del layer
     gc.collect()
-    with pytest.raises(BackendError, match=r"quantized layer with handle \d+, which does not exist .* compile the model"):
+    with pytest.raises(BackendError, match=r"layer with handle \d+, which does not exist .* compile the model"):
         run_compiled(x, handle, geometry)
 
 

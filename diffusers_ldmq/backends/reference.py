@@ -54,7 +54,7 @@ def _output(x: Tensor, state: LayerState, geometry: Geometry) -> Tensor:
 
 
 def arranged(out: Tensor, is_conv: bool) -> Tensor:
-    """The same values in the strides that a layer's output always has: a Conv2d's (batched) is channels_last."""
+    """The same values in the strides that a layer's output always has: a Conv2d's is channels_last."""
     batched = is_conv and out.dim() == 4
     return out.contiguous(memory_format=torch.channels_last if batched else torch.contiguous_format)
 
@@ -73,11 +73,12 @@ def low_rank_output(x: Tensor, a: Tensor, b: Tensor, geometry: Geometry) -> Tens
 
 
 def dense_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Gradient of `dense` with respect to its input of this `shape`."""
+    """Gradient of `dense` with respect to its input of this `shape`, arranged like an output."""
     if not geometry.is_conv:
-        return grad @ weight
+        return arranged(grad @ weight, is_conv=False)
     g = geometry
-    return conv2d_input(shape, weight, grad, g.stride, g.padding, g.dilation, g.groups)  # pyright: ignore
+    found = conv2d_input(shape, weight, grad, g.stride, g.padding, g.dilation, g.groups)  # pyright: ignore
+    return arranged(found, is_conv=True)
 
 
 def output_vector(value: Tensor, geometry: Geometry) -> Tensor:
