@@ -65,7 +65,6 @@ def main(
     ranges, wanted = measured_ranges(reference), variants(scheme or ["w8a8", "w8a8-dyn", "w8a16"])
     found: dict[str, Compiled] = {}
     for variant in wanted:
-        torch._dynamo.reset()
         inputs = step_inputs(reference, variant.dtype)
         found[variant.name] = compiled(made(variant, reference, ranges), inputs)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
