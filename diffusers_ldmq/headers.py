@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import CheckpointError
+from .loading import refuse_pickles
 
 DTYPES = {
     "F64": torch.float64,
@@ -41,8 +42,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
     damaged one, a tensor that two files hold, or no file at all."""
     found: dict[str, Header] = {}
     for file in files:
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{file}: quantized models are loaded from safetensors files only")
+        refuse_pickles([file])
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (a file is no dict)
