@@ -159,7 +159,8 @@ def test_a_model_with_a_lora_or_integers_already_is_not_quantized() -> None:
 
 def test_the_first_parameter_of_the_vaes_ends_is_floating_g15(folders: dict[str, Path]) -> None:
     """SDXL's pipelines cast latents to that dtype."""
-    vae = AutoencoderKL.from_pretrained(folders["sdxl"] / "vae", quantization_config=LDMQConfig("w8a16"))
+    config = LDMQConfig("w8a16")
+    vae: Any = AutoencoderKL.from_pretrained(folders["sdxl"] / "vae", quantization_config=config)
     assert quantized_layers(vae)
     ends = (vae.quant_conv, vae.post_quant_conv, vae.encoder.conv_in, vae.decoder.conv_out)
     for layer in ends:
@@ -173,7 +174,7 @@ def test_the_first_parameter_of_the_vaes_ends_is_floating_g15(folders: dict[str,
 
 
 def test_sdxl_that_upcasts_a_quantized_float16_vae_is_told_what_to_do_g25(folders: dict[str, Path]) -> None:
-    vae = AutoencoderKL.from_pretrained(
+    vae: Any = AutoencoderKL.from_pretrained(
         folders["sdxl"] / "vae", quantization_config=LDMQConfig("w8a16"), torch_dtype=torch.float16
     )
     pipe = DiffusionPipeline.from_pretrained(folders["sdxl"], vae=vae, torch_dtype=torch.float16)

@@ -21,7 +21,7 @@ IDS = torch.randint(3, 30, (2, 9), generator=torch.Generator().manual_seed(3))
 def gated() -> Any:
     """As in SD3 and Flux: gated feed-forward."""
     torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 40}
+    sizes: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_heads": 2, "num_layers": 2, "vocab_size": 40}
     return T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **sizes)).eval()
 
 
