@@ -18,7 +18,7 @@ import torch
 import typer
 from diffusers import AutoencoderKL
 from measuring import Results, inputs, pipeline
-from memory import high_water, resident
+from memory import resident
 from torch import Tensor, nn
 from transformers import CLIPTextModel, T5Config, T5EncoderModel
 
@@ -126,6 +126,12 @@ def float_folder(scratch: Path) -> Path:
         torch.manual_seed(0)
         T5EncoderModel(XXL).save_pretrained(folder)
     return folder
+
+
+def high_water() -> int:
+    """Peak resident bytes of this process; what getrusage says would count the parent's too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def load_stage(source: str, scheme: str, dtype: str, out: str) -> dict[str, float]:

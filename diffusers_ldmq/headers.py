@@ -27,14 +27,22 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of one tensor."""
+    """What a file says of one tensor, and where it is: file, name there."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    file: str
+    key: str
 
     def like(self) -> Tensor:
         """A tensor on meta of this dtype and shape."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def read(self) -> Tensor:
+        """The tensor, in a mapping of its own: dropping it gives back the memory, which a view of a whole file's
+        mapping would hold."""
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(self.key)
 
 
 def read_headers(files: Iterable[str]) -> dict[str, Header]:
@@ -52,7 +60,7 @@ def read_headers(files: Iterable[str]) -> dict[str, Header]:
                     dtype = part.get_dtype()
                     if dtype not in DTYPES:
                         raise CheckpointError(f"{file}, tensor {name!r}: dtype {dtype}, which no model of ours has")
-                    found[name] = Header(DTYPES[dtype], tuple(part.get_shape()))
+                    found[name] = Header(DTYPES[dtype], tuple(part.get_shape()), file, name)
         except (SafetensorError, OSError) as cause:
             raise CheckpointError(f"{file}: is no readable safetensors file ({cause}); get it again") from cause
     if not found:

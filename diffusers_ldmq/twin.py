@@ -41,8 +41,8 @@ class LDMQTextQuantizer(HfQuantizer):
         self.config = config
         self.wanted: dict[str, str] = {}
         self.missing: set[str] = set()  # transformers' own set, as loading empties it
+        self.found: dict[str, Header | None] = {}
         self.failure: LDMQError | None = None
-        self.kept_strictly: set[str] = set()
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if self.pre_quantized and not self.config.layers:
@@ -71,20 +71,21 @@ class LDMQTextQuantizer(HfQuantizer):
         else:
             self.wanted = text_schemes(self.config, model)
             if all(file.endswith(".safetensors") for file in files):
-                _refuse_missing(model, model.state_dict().keys() - _renamed(model, read_headers(files), self).keys())
+                self.found = _renamed(model, read_headers(files), self)
+                _refuse_missing(model, model.state_dict().keys() - self.found.keys())
             entries = {name: {"scheme": s, "tensors": _tensors(model, name)} for name, s in self.wanted.items()}
             _prepare(model, entries)
             # a weight is rounded once, from what the file holds, and not to the model's dtype before
-            self.kept_strictly = set(model._keep_in_fp32_modules_strict)
-            exact = {re.escape(f"{name}.weight") for name in self.wanted}
-            model._keep_in_fp32_modules_strict = self.kept_strictly | exact
+            exact = {f"{name}.weight": self.found.get(f"{name}.weight") for name in self.wanted}
+            plan = {re.escape(name): header.dtype if header else torch.float32 for name, header in exact.items()}
+            model._get_dtype_plan = lambda dtype: {**plan, **type(model)._get_dtype_plan(model, dtype)}
         model.config.quantization_config = self.config
 
     def _check_headers(self, model: Any, files: list[str]) -> None:
         """Refuse files that do not hold exactly what the model, with its quantized layers in place, is made of."""
         tensors = model.state_dict()
         tied = set(getattr(model, "all_tied_weights_keys", {}))
-        found = _renamed(model, read_headers(files), self)
+        self.found = found = _renamed(model, read_headers(files), self)
         ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), r"(^|\.)position_ids$"}
         absent = {name for name in tied if name not in found}
         check_keys(tensors.keys() - absent, found, ignored)
@@ -102,7 +103,10 @@ class LDMQTextQuantizer(HfQuantizer):
         return _Quantize(self)
 
     def quantized(self, name: str, weight: Tensor) -> dict[str, Tensor]:
-        """A layer's tensors in place of its float weight. name: of the weight; weight: [N, K], as the file holds it."""
+        """A layer's tensors in place of its float weight. name: of the weight; weight: [N, K], as the file holds it,
+        which is read anew where it can be: transformers keeps the whole file mapped until it is done."""
+        header = self.found.get(name)
+        weight = weight if header is None else header.read()
         layer = name.removesuffix(".weight")
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -112,8 +116,10 @@ class LDMQTextQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.failure is not None:
             raise self.failure
-        if not self.pre_quantized:
-            model._keep_in_fp32_modules_strict = self.kept_strictly
+        if self.pre_quantized:
+            self._leave_mapping(model)
+        else:
+            del model._get_dtype_plan
             _refuse_missing(model, self.missing)
         for name, value in model.state_dict().items():
             if not value.is_meta:
@@ -125,6 +131,15 @@ class LDMQTextQuantizer(HfQuantizer):
             self.quantization_config = self.config = config_of(model)
         _enter(model, self)
         return model
+
+    def _leave_mapping(self, model: Any) -> None:
+        """Map the codes anew, one by one: they are views of the whole file, and would hold in memory what was read of
+        it to be cast."""
+        for name in quantized_layers(model):
+            parameters = model.get_submodule(name)._parameters
+            header = self.found.get(f"{name}.weight")
+            if header is not None and parameters["weight"].device.type == "cpu":
+                parameters["weight"] = nn.Parameter(header.read(), requires_grad=False)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What the file will hold. Tied weights stay one tensor, by which transformers knows them."""

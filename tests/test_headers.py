@@ -13,7 +13,10 @@ from diffusers_ldmq.headers import Header, read_headers
 def test_dtype_and_shape_are_read(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     save_file({"x": torch.zeros(2, 3, dtype=torch.int8), "s": torch.ones(())}, file)
-    assert read_headers([str(file)]) == {"x": Header(torch.int8, (2, 3)), "s": Header(torch.float32, ())}
+    found = read_headers([str(file)])
+    assert found["x"] == Header(torch.int8, (2, 3), str(file), "x")
+    assert found["s"] == Header(torch.float32, (), str(file), "s")
+    assert torch.equal(found["s"].read(), torch.ones(()))
     assert read_headers([str(file)])["x"].like().shape == (2, 3)
 
 
