@@ -32,6 +32,10 @@ from .specs import parse_scheme
 from .text_layers import in_fp32, is_read, refuse_packed, text_schemes
 
 
+SMALL = 2**16
+"""Bytes up to which a tensor is copied out of its file; larger ones stay mapped."""
+
+
 class LDMQTextQuantizer(HfQuantizer):
     """Loads our checkpoints of transformers' models strictly, and quantizes float ones layer by layer."""
 
@@ -133,13 +137,12 @@ class LDMQTextQuantizer(HfQuantizer):
         return model
 
     def _leave_mapping(self, model: Any) -> None:
-        """Map the codes anew, one by one: they are views of the whole file, and would hold in memory what was read of
-        it to be cast."""
-        for name in quantized_layers(model):
-            parameters = model.get_submodule(name)._parameters
-            header = self.found.get(f"{name}.weight")
-            if header is not None and parameters["weight"].device.type == "cpu":
-                parameters["weight"] = nn.Parameter(header.read(), requires_grad=False)
+        """Map anew, one by one, what was not cast: views of the whole file would hold all of it in memory, also what
+        was read of it to be cast."""
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            header = self.found.get(name)
+            if header is not None and value.device.type == "cpu" and value.dtype == header.dtype:
+                value.data = header.read() if value.nbytes > SMALL else value.data.clone()
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What the file will hold. Tied weights stay one tensor, by which transformers knows them."""
