@@ -5,18 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .artifacts import Plan, Profile, Report
 from .demo import MODEL, demo_model
 from .errors import CheckpointError, LDMQError
 from .families import FAMILIES
+from .hub_errors import HUB_ERRORS, hub_failure
 from .plugin import NAME
 from .serialization import read_json
 
@@ -52,6 +48,10 @@ LOADING_OPTIONS = (
 """Keywords of DiffusionPipeline.from_pretrained that are no components."""
 
 
+SAVING_OPTIONS = ("safe_serialization", "variant", "max_shard_size", "use_flashpack")
+"""Keywords of the pipelines' own save_pretrained."""
+
+
 def refuse_unknown(model: str | os.PathLike[str], options: dict[str, Any], **hub: Any) -> None:
     """Raise LDMQError for a keyword that is neither an option of loading nor in the model's model_index.json: diffusers
     would ignore it."""
@@ -75,15 +75,41 @@ def stored_config(model: str | os.PathLike[str], **hub: Any) -> dict[str, Any] |
 
     Raises LDMQError if there is no such model.
     """
-    model = known(model)
-    index = _index(model, hub)
-    for component in {name for _, family in FAMILIES.items() for name in family.components} & set(index):
+    found = _quantized_component(known(model), hub)
+    return found[1] if found else None
+
+
+def stored_denoiser(folder: str | os.PathLike[str]) -> tuple[str, str, dict[str, Any]]:
+    """(pipeline's class name, denoiser's name in it, its quantization_config) of a checkpoint folder of ours.
+
+    Raises LDMQError if it is none.
+    """
+    if not Path(folder).is_dir():
+        raise LDMQError(f"{folder}: no such folder; give one that `ldmq quantize` or save_pretrained wrote")
+    found, index = _quantized_component(known(folder), {}), _index(os.fspath(folder), {})
+    if found is None:
+        raise LDMQError(f"{folder}: is a float pipeline; quantize it first with `ldmq quantize`")
+    return str(index.get("_class_name")), *found
+
+
+def _quantized_component(model: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """(name, quantization_config) of the denoiser if it is quantized by us."""
+    for component in {name for _, family in FAMILIES.items() for name in family.components} & set(_index(model, hub)):
         path = _file(model, f"{component}/config.json", hub)
         data = read_json(path, CheckpointError) if path else {}
         config = data.get("quantization_config") if isinstance(data, dict) else None
         if isinstance(config, dict) and config.get("quant_method") == NAME:
-            return config
+            return component, config
     return None
+
+
+def is_hub_id(text: str) -> bool:
+    """True for owner/name that is no folder here."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1 and not Path(text).exists()
 
 
 def side_files(model: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
@@ -99,17 +125,12 @@ def _file(model: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(os.fspath(model), name, **hub))
-    except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as cause:
-        reason = " ".join(str(cause).split())
-        raise LDMQError(f"{model}: no such folder, and it cannot be had from the hub ({reason[:200]})") from cause
-    except EntryNotFoundError:
-        return None
-    except (HfHubHTTPError, OSError) as cause:
-        reason = " ".join(str(cause).split())
-        raise LDMQError(f"{model}: the hub cannot be reached ({reason[:200]})") from cause
+    except HUB_ERRORS as cause:
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            return None  # the repository is there, the file is not
+        raise hub_failure(os.fspath(model), cause) from cause
 
 
 def original_name(model: str | os.PathLike[str], **hub: Any) -> str:
-    """Of what a checkpoint was made, in brackets; '' where that is not stored. hub: of HUB_OPTIONS."""
-    name = _index(os.fspath(model), hub).get("_name_or_path")
-    return f" ({name})" if name else ""
+    """Of what a checkpoint was made; '' where that is not stored. hub: of HUB_OPTIONS."""
+    return str(_index(os.fspath(model), hub).get("_name_or_path") or "")

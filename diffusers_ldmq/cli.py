@@ -172,5 +172,5 @@ def plan(
     tell(plan_table(made, measured.table), {**plan_data(made, measured.table), "out": str(out)}, as_json)
 
 
-for command in (cli_use.sample, cli_use.compare, cli_use.report, cli_use.info):
+for command in (cli_use.sample, cli_use.compare, cli_use.report, cli_use.info, cli_use.push):
     app.command()(command)

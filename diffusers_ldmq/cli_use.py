@@ -1,12 +1,16 @@
 """Commands that use a finished model: draw with it, compare it, report on it, describe it, share it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import arguments as arg
+from .card_inputs import IMAGES, Told, card_of, draw_samples
+from .checkpoints import stored_denoiser
 from .families import find_denoiser
+from .hub import Push, open_repo, push_folder, write_folder
 from .inputs import read_prompts
 from .inspection import describe, description_data, description_table, layers_table
 from .output import file_beside, refuse_file
@@ -130,3 +134,51 @@ def info(
         shown, listed = console(), layers_table(found)
         needed = shown.measure(listed, options=shown.options.update(width=WIDEST)).maximum
         shown.print(listed, width=max(shown.width, needed), crop=False, no_wrap=True)
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a quantized pipeline, as `ldmq quantize` wrote it")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="where on the hub")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="of a new repository (default: as your account has it)")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="branch to push to, made where it is missing")] = None,
+    token: Annotated[str | None, typer.Option(help="default: HF_TOKEN, or what `hf auth login` stored")] = None,
+    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="open a pull request instead")] = False,
+    base_model: Annotated[str | None, typer.Option(help="owner/name of the float model (default: as stored)")] = None,
+    license_id: Annotated[str | None, typer.Option("--license", help="default: the base model's")] = None,
+    original: Annotated[str | None, typer.Option("--float", help="the float pipeline: pictures side by side")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="what to draw for the card, one per line")] = None,
+    images: Annotated[int, typer.Option(min=0, help="how many pictures to draw without --prompts; 0 = none")] = IMAGES,
+    steps: arg.Steps = None,
+    guidance: arg.Guidance = None,
+    seed: arg.Seed = 0,
+    device: arg.Device = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="write what would be pushed to --out; no network")] = False,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="with --dry-run (default: NAME-dry-run)")] = None,
+    as_json: arg.AsJson = False,
+) -> None:
+    """Share a quantized pipeline on the hub, with a model card: how to load it, sizes, SQNR, pictures, the plan."""
+    to = Push(repo_id, private, revision, token, message, create_pr)
+    texts = read_prompts(prompts) if prompts else None
+    told = Told(base_model, license_id, texts, images, sampling=Sampling(steps, guidance, seed))
+    stored_denoiser(folder)
+    target = arg.dry_run_folder(out, to.repo_id) if dry_run else arg.no_dry_run_folder(out)
+    to = to if dry_run else open_repo(to)
+    samples = None
+    if images or texts:
+        pipe = arg.load_any(str(folder), device)
+        source = arg.load_float(original, device, local_files_only=dry_run) if original else None
+        with stages() as progress:
+            samples = draw_samples(pipe, replace(told, original=source), pipe.plan, progress=progress)
+    card = card_of(folder, to.repo_id, told, token=token, online=not dry_run)
+    data = {"repo_id": card.repo_id, "base_model": card.base_model, "license": card.license and card.license.id}
+    if target is not None:
+        write_folder(folder, target, replace(card, samples=samples))
+        tell(
+            f"wrote what would be pushed to {target}; its README.md is the card", {**data, "out": str(target)}, as_json
+        )
+    else:
+        url = push_folder(folder, to, replace(card, samples=samples))
+        tell(f"pushed: {url}", {**data, "revision": revision, "url": url}, as_json)
