@@ -17,13 +17,16 @@ from .metrics import told_db
 from .pictures import comparison_sheet, picture_scores
 from .plots import output_curve, plot_sqnr
 from .specs import parse_scheme
-from .summary import calibration_told, mb, size_data
+from .summary import mb, size_data
 from .version import __version__
 
 SQNR_PLOT, SAMPLES = "sqnr.png", "samples.png"
 """Pictures that stand beside README.md."""
 MARK = "<!-- written by diffusers-ldmq; without this line the next push keeps this card as it is -->"
 """By which a card of ours is told from one that somebody wrote or changed."""
+
+SELECTED = {"first-step": "the first step", "uniform": "steps from the whole schedule"}
+"""Calibration rule -> which denoiser inputs it uses, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,8 @@ class Card:
     """What a card is made from; what is None is left out or named as missing.
 
     repo_id: under which the model will be found; pipeline: name of the diffusers class; component: the denoiser's name
-    in it; base_model: owner/name on the hub; layers: layer name -> scheme, as the checkpoint holds them.
+    in it; others: of other quantized parts; base_model: owner/name on the hub; layers: layer name -> scheme, as the
+    checkpoint holds them.
     """
 
     repo_id: str
@@ -61,6 +65,7 @@ class Card:
     base_model: str | None = None
     license: License | None = None
     plan: Plan | None = None
+    others: tuple[str, ...] = ()
     report: Report | None = None
     profile: Profile | None = None
     samples: Samples | None = None
@@ -146,7 +151,7 @@ def _body(card: Card, figures: set[str]) -> str:
         low=sorted({scheme for scheme in quantized if scheme.startswith("w4")}),
         corrections=[trial for trial in card.report.corrections if trial.kept] if card.report else [],
         dtype_argument="" if card.dtype == "float32" else f", torch_dtype=torch.{card.dtype}",
-        calibration=calibration_told(card.report) if card.report else None,
+        calibration=_calibration(card.report),
         scores=_scores(card.samples),
         sqnr_plot=SQNR_PLOT if SQNR_PLOT in figures else None,
         sheet=SAMPLES if SAMPLES in figures else None,
@@ -207,6 +212,22 @@ def _in_words(name: str) -> str:
         return f"{weights}, floating-point activations"
     ranges = "found in each call" if scheme.is_dynamic else "calibrated"
     return f"{weights}, int{scheme.activation.bits} activations with ranges {ranges}"
+
+
+def _calibration(report: Report | None) -> str:
+    """Which data gave the static ranges, in sentences."""
+    facts = report.calibration if report else {}
+    if not report or "samples" not in facts:
+        return "How it was calibrated is not stored."
+    if not facts["samples"]:
+        return "No data was needed: no layer has a static input range."
+    where = SELECTED.get(str(facts["selection"]), f"the steps that `{plain(str(facts['selection']))}` selects")
+    return (
+        f"The static input ranges come from the denoiser's inputs at {where} of {facts['samples']} sampled pictures "
+        f"({facts['sampler_calls']} denoiser calls to sample them, {facts['forward_calls']} to calibrate); a range is "
+        f"found by `{plain(str(facts['observer']))}`. Other pictures decided on the plan and gave the figures above. "
+        f"The pictures and their prompts are not stored."
+    )
 
 
 def _scores(samples: Samples | None) -> str | None:

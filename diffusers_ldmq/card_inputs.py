@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from yaml import YAMLError
 
 from .artifacts import Plan
 from .card import Card, License, Samples
-from .checkpoints import is_hub_id, original_name, side_files, stored_denoiser
+from .checkpoints import is_hub_id, original_name, quantized_components, side_files, stored_denoiser
 from .demo import MODEL, demo_prompts
 from .errors import LDMQError
 from .families import find_denoiser, fingerprint, quantizable_layers
@@ -54,6 +55,7 @@ def card_of(
     Raises LDMQError if the folder holds no checkpoint of ours.
     """
     pipeline, component, config = stored_denoiser(folder)
+    others = tuple(name for name in quantized_components(folder) if name != component)
     found = side_files(folder)
     quantized = {name: entry["scheme"] for name, entry in config.get("layers", {}).items()}
     planned = found["plan"].layers if found["plan"] else quantized
@@ -62,6 +64,7 @@ def card_of(
         repo_id=repo_id,
         pipeline=pipeline,
         component=component,
+        others=others,
         layers={name: quantized.get(name, "float") for name in planned},
         dtype=str(config.get("compute_dtype", "float32")),
         base_model=base,
@@ -87,7 +90,7 @@ def _inherited(base: str | None, token: Any, online: bool) -> License | None:
         data = ModelCard.load(hf_hub_download(base, "README.md", token=token, local_files_only=not online)).data
         found = data.get("license")
     except (*HUB_ERRORS, ValueError, YAMLError) as cause:
-        why = hub_refusal(cause) or "its card cannot be read" if online else "a dry run does not ask the hub"
+        why = _why_no_card(cause) if online else "a dry run does not ask the hub"
         logger.warning("the card names no license: that of %s was not found (%s); give --license", base, why)
         return None
     if not found:
@@ -97,6 +100,12 @@ def _inherited(base: str | None, token: Any, online: bool) -> License | None:
     if link and "://" not in link:  # a file of that repository
         link = f"https://huggingface.co/{base}/blob/main/{link}"
     return License(found, data.get("license_name"), link)
+
+
+def _why_no_card(cause: Exception) -> str:
+    if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+        return "it has no card"
+    return hub_refusal(cause) or "its card cannot be read"
 
 
 def draw_samples(pipe: Any, told: Told, plan: Plan | None, *, progress: StageProgress | None = None) -> Samples | None:

@@ -92,15 +92,26 @@ def stored_denoiser(folder: str | os.PathLike[str]) -> tuple[str, str, dict[str,
     return str(index.get("_class_name")), *found
 
 
+def quantized_components(folder: str | os.PathLike[str]) -> list[str]:
+    """Names of every part of a pipeline folder that is quantized by us."""
+    return [name for name in _index(os.fspath(folder), {}) if _config(os.fspath(folder), name, {}) is not None]
+
+
 def _quantized_component(model: str, hub: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """(name, quantization_config) of the denoiser if it is quantized by us."""
     for component in {name for _, family in FAMILIES.items() for name in family.components} & set(_index(model, hub)):
-        path = _file(model, f"{component}/config.json", hub)
-        data = read_json(path, CheckpointError) if path else {}
-        config = data.get("quantization_config") if isinstance(data, dict) else None
-        if isinstance(config, dict) and config.get("quant_method") == NAME:
+        config = _config(model, component, hub)
+        if config is not None:
             return component, config
     return None
+
+
+def _config(model: str, component: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+    """A component's quantization_config if it is ours."""
+    path = _file(model, f"{component}/config.json", hub)
+    data = read_json(path, CheckpointError) if path else {}
+    config = data.get("quantization_config") if isinstance(data, dict) else None
+    return config if isinstance(config, dict) and config.get("quant_method") == NAME else None
 
 
 def is_hub_id(text: str) -> bool:

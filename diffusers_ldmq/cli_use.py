@@ -21,7 +21,7 @@ from .report import write_report
 from .report_inputs import refuse_other_model, stored_inputs, with_pictures, with_times
 from .sampling import Sampling, sample_pictures
 from .summary import scores_data, scores_table
-from .terminal import console, stages, tell
+from .terminal import console, stages, tell, tell_line
 
 WIDEST = 400
 """Columns that a list of layers may take: names are what people copy, so lines rather wrap than break them."""
@@ -176,9 +176,8 @@ def push(
     data = {"repo_id": card.repo_id, "base_model": card.base_model, "license": card.license and card.license.id}
     if target is not None:
         write_folder(folder, target, replace(card, samples=samples))
-        tell(
-            f"wrote what would be pushed to {target}; its README.md is the card", {**data, "out": str(target)}, as_json
-        )
+        line = f"wrote what would be pushed to {target}; its README.md is the card"
+        tell_line(line, {**data, "out": str(target)}, as_json)
     else:
         url = push_folder(folder, to, replace(card, samples=samples))
-        tell(f"pushed: {url}", {**data, "revision": revision, "url": url}, as_json)
+        tell_line(f"pushed: {url}", {**data, "revision": revision, "url": url}, as_json)

@@ -17,8 +17,9 @@ from .card import MARK, Card, write_card
 from .card_inputs import Told, card_of, draw_samples
 from .checkpoints import SAVING_OPTIONS, is_hub_id
 from .errors import LDMQError
-from .hub_errors import HUB_ERRORS, hub_failure, hub_refusal
+from .hub_errors import HUB_ERRORS, hub_failure
 from .output import folder_beside
+from .sampling import Sampling
 from .serialization import MAX_JSON_BYTES, read_json
 
 logger = logging.getLogger(__name__)
@@ -50,9 +51,9 @@ class Push:
 
 def push_pipeline(pipe: Any, repo_id: str, folder: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """Save a quantized pipeline and push it with its card; the commit's address. folder: where it is saved already;
-    options: fields of Push and Told, and of SAVING_OPTIONS. Raises LDMQError in one line."""
+    options: fields of Push, Told and Sampling, and of SAVING_OPTIONS. Raises LDMQError in one line."""
     push = Push(repo_id, **_taken(options, Push))
-    told = Told(**_taken(options, Told))
+    told = Told(**_taken(options, Told), sampling=Sampling(**_taken(options, Sampling)))
     saving = {name: options.pop(name) for name in SAVING_OPTIONS if name in options}
     if options:
         raise LDMQError(f"push_to_hub takes no keyword {sorted(options)[0]!r}")
@@ -67,7 +68,7 @@ def push_pipeline(pipe: Any, repo_id: str, folder: str | os.PathLike[str] | None
 
 
 def _taken(options: dict[str, Any], kind: type) -> dict[str, Any]:
-    names = {field.name for field in fields(kind)} - {"repo_id"}
+    names = {field.name for field in fields(kind)} - {"repo_id", "sampling"}
     return {name: options.pop(name) for name in list(options) if name in names}
 
 
@@ -108,9 +109,7 @@ def push_folder(folder: str | os.PathLike[str], push: Push, card: Card) -> str:
                     create_pr=push.create_pr,
                 )
             )
-        except (*HUB_ERRORS, ValueError, RuntimeError) as cause:
-            if hub_refusal(cause) is None and isinstance(cause, ValueError):  # what the hub's check of the card said
-                raise LDMQError(f"{push.repo_id}: the hub refused it ({' '.join(str(cause).split())[:200]})") from cause
+        except (*HUB_ERRORS, ValueError, RuntimeError) as cause:  # the last two are how uploads wrap what happened
             raise hub_failure(push.repo_id, cause) from cause
 
 

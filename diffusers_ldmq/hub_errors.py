@@ -37,6 +37,7 @@ _KNOWN: tuple[tuple[type[Exception], str], ...] = (
 _STATUS = {
     401: f"the hub does not know you, or does not accept the token; {LOGIN}",
     403: "the hub does not let your account or token do this; check the owner's name and the token's permissions",
+    404: "the hub has the model, but not a file that a diffusers pipeline has; check the name",
     409: "something else is changing it on the hub right now; try again",
     413: "the hub refused a file as too large",
     429: "the hub had too many requests from you; wait a little and try again",
@@ -58,6 +59,8 @@ def _answered(chain: list[BaseException]) -> str | None:
     if error is None or error.response is None:
         return None
     status = error.response.status_code
+    if status == 400:
+        return f"the hub refused it ({_short(error)})"
     return _STATUS.get(status, f"the hub answered {status} ({_short(error)}); try again later")
 
 

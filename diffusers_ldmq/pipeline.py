@@ -206,8 +206,8 @@ class QuantizedLDMPipeline:
 
         private: None = as your account has it; options: `revision` (a branch, made where it is missing), `base_model`
         and `license` where the folder does not tell them, `prompts` or `images` (how many pictures to draw, default 4,
-        0 for none), `sampling`, `original` (the float pipeline, to draw beside), and `variant`, `max_shard_size` of
-        save_pretrained. Raises LDMQError in one line for what the hub refuses.
+        0 for none) with `steps`, `guidance` and `seed`, `original` (the float pipeline, to draw beside), and `variant`,
+        `max_shard_size` of save_pretrained. Raises LDMQError in one line for what the hub refuses.
         """
         given = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         return self._push(repo_id, {**given, **options})

@@ -12,7 +12,10 @@ from huggingface_hub import constants
 
 from diffusers_ldmq import QuantizedLDMPipeline
 
+from ..cli.conftest import ldmq
 from .server import LocalHub
+
+__all__ = ["ldmq"]
 
 
 @pytest.fixture
@@ -26,7 +29,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
         "HUGGINGFACE_CO_URL_TEMPLATE": template,
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": True,
-        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),  # nobody's own login
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
