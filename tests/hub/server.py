@@ -48,6 +48,7 @@ class LocalHub:
     users: dict[str, str] = field(default_factory=lambda: {"hf_write": "me", "hf_other": "other"})
     large: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    headers: list[str] = field(default_factory=list)
     cut: tuple[str, ...] = ()
     cut_uploads: bool = False
     url: str = ""
@@ -106,6 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.read_body()
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         self.state.requests.append((self.command, self.path, token))
+        self.state.headers.append(str(self.headers))
         try:
             if token is not None and token not in self.state.users:
                 raise RefusedError(401, message="Invalid credentials in Authorization header")

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from diffusers_ldmq import Plan, QuantizedLDMPipeline, Report
 from diffusers_ldmq.artifacts import LayerChoice
 from diffusers_ldmq.card import Card, License, Samples, metadata, pipeline_tag, write_card
-from diffusers_ldmq.card_inputs import Told, card_of
+from diffusers_ldmq.card_inputs import Told, card_of, draw_samples
+from diffusers_ldmq.demo import demo_model
 from diffusers_ldmq.errors import LDMQError
 
 
@@ -43,7 +46,7 @@ def test_the_yaml_is_what_the_hub_reads(card: Card, tmp_path: Path) -> None:
 
 def test_every_precision_of_the_plan_is_a_tag(card: Card) -> None:
     mixed = replace(card, layers={"a": "w8a8", "b": "w4a16-g64", "c": "float"})
-    assert metadata(mixed).tags[-2:] == ["int8", "int4"]
+    assert (metadata(mixed).tags or [])[-2:] == ["int8", "int4"]
 
 
 def test_what_is_not_known_is_left_out(made: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -132,6 +135,12 @@ def test_pictures_are_scored_only_beside_those_of_the_float_model(card: Card, tm
     assert "Float above, quantized below" in text
     assert "PSNR mean exact" in text
     assert Image.open(tmp_path / "both" / "samples.png").height > Image.open(tmp_path / "alone" / "samples.png").height
+
+
+def test_a_pipeline_that_starts_from_a_picture_gets_a_card_without_pictures(caplog) -> None:
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(demo_model(), torch_dtype=torch.float32)
+    assert draw_samples(pipe, Told(), None) is None
+    assert "StableDiffusionImg2ImgPipeline starts from a picture" in caplog.text
 
 
 def test_names_and_prompts_cannot_become_markup(card: Card, tmp_path: Path) -> None:

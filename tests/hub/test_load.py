@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 
 from diffusers_ldmq import QuantizedLDMPipeline
 from diffusers_ldmq.errors import LDMQError
@@ -111,6 +111,16 @@ def test_plan_report_and_profile_come_along_and_may_be_missing(hub, made: Path, 
     bare = QuantizedLDMPipeline.from_pretrained("you/bare")
     assert (bare.plan, bare.report, bare.profile) == (None, None, None)
     assert torch.equal(picture(bare), picture(pipe))
+
+
+def test_the_description_that_is_sent_along_with_a_download_tells_no_paths(hub, made: Path) -> None:
+    """Trap G33: the quantizer's config goes to the hub in the user-agent header."""
+    hub.add("you/x", files_of(made))
+    UNet2DModel.from_pretrained("you/x", subfolder="unet")
+    sent = "\n".join(hub.headers)
+    assert "quant" in sent
+    for secret in ("jane-doe", str(Path.home()) + "/", str(made.parent)):
+        assert secret not in sent
 
 
 def test_once_loaded_no_hub_is_needed(hub, made: Path, pipe, picture: Picture) -> None:
