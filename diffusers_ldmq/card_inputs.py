@@ -19,6 +19,7 @@ from .errors import LDMQError
 from .families import find_denoiser, fingerprint, quantizable_layers
 from .hub_errors import HUB_ERRORS, hub_refusal
 from .inputs import default_inputs, needed_images
+from .manifest import checked_entries
 from .progress import StageProgress
 from .sampling import Sampling, sample_pictures
 
@@ -57,7 +58,7 @@ def card_of(
     pipeline, component, config = stored_denoiser(folder)
     others = tuple(name for name in quantized_components(folder) if name != component)
     found = side_files(folder)
-    quantized = {name: entry["scheme"] for name, entry in config.get("layers", {}).items()}
+    quantized = {name: entry["scheme"] for name, entry in checked_entries(config.get("layers")).items()}
     planned = found["plan"].layers if found["plan"] else quantized
     base = told.base_model or _stored_base(folder)
     return Card(

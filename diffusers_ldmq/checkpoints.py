@@ -9,11 +9,11 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from huggingface_hub.utils import validate_repo_id
 
 from .artifacts import Plan, Profile, Report
+from .config import NAME
 from .demo import MODEL, demo_model
 from .errors import CheckpointError, LDMQError
 from .families import FAMILIES
 from .hub_errors import HUB_ERRORS, hub_failure
-from .plugin import NAME
 from .serialization import read_json
 
 SIDE_FILES: dict[str, Any] = {"plan": Plan, "report": Report, "profile": Profile}

@@ -32,8 +32,7 @@ from .inputs import default_inputs
 from .job import Outcome, Progress, Settings, quantize_pipeline
 from .output import folder_beside
 from .planners import PLANNERS
-from .plugin import stored
-from .quantization import STORAGE_DTYPE
+from .quantization import STORAGE_DTYPE, stored
 from .serialization import write_json
 
 SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in ("plan", "target", "dtype"))

@@ -7,16 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMPipeline,
-    DiffusionPipeline,
-    DiTPipeline,
-    DiTTransformer2DModel,
-    UNet2DModel,
-)
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from tiny_pipelines import tiny_dit, tiny_pixel
 from transformers.utils import logging as transformers_logging
 
 from diffusers_ldmq import Plan, Profile, Recording, calibrate, profile_sqnr, quantize, record_calls
@@ -37,43 +30,6 @@ transformers_logging.set_verbosity_error()
 def bundled() -> Any:
     """The trained text-to-image pipeline that comes with the package, in fp32."""
     pipe = DiffusionPipeline.from_pretrained(demo_model(), torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def tiny_pixel() -> Any:
-    """An unconditional pixel pipeline with random weights."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        layers_per_block=1,
-    )
-    pipe = DDPMPipeline(unet, DDIMScheduler())  # pyright: ignore[reportArgumentType]
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def tiny_dit() -> Any:
-    """A class-conditional diffusion transformer with random weights."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=1000,  # the pipeline's null label is 1000
-    )
-    with torch.no_grad():
-        for parameter in transformer.parameters():  # the output projection starts at zero
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    pipe = DiTPipeline(transformer, vae, DDIMScheduler())  # pyright: ignore[reportArgumentType]
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

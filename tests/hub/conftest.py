@@ -7,13 +7,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from huggingface_hub import constants
+from local_hub import LocalHub
+from tiny_pipelines import tiny_pixel
 
 from diffusers_ldmq import QuantizedLDMPipeline
 
 from ..cli.conftest import ldmq
-from .server import LocalHub
 
 __all__ = ["ldmq"]
 
@@ -67,16 +67,7 @@ def secret_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def float_folder(secret_folder: Path) -> Path:
     """A float pixel pipeline."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        layers_per_block=1,
-    )
-    pipe = DDPMPipeline(unet, DDIMScheduler())  # pyright: ignore[reportArgumentType]
+    pipe = tiny_pixel()
     pipe.save_pretrained(secret_folder / "float")
     return secret_folder / "float"
 
