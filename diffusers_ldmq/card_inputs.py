@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from yaml import YAMLError
 
 from .artifacts import Plan
@@ -17,7 +16,7 @@ from .checkpoints import is_hub_id, original_name, quantized_components, side_fi
 from .demo import MODEL, demo_prompts
 from .errors import LDMQError
 from .families import find_denoiser, fingerprint, quantizable_layers
-from .hub_errors import HUB_ERRORS, hub_refusal
+from .hub_errors import HUB_ERRORS, hub_refusal, is_missing_file
 from .inputs import default_inputs, needed_images
 from .manifest import checked_entries
 from .progress import StageProgress
@@ -104,7 +103,7 @@ def _inherited(base: str | None, token: Any, online: bool) -> License | None:
 
 
 def _why_no_card(cause: Exception) -> str:
-    if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+    if is_missing_file(cause):
         return "it has no card"
     return hub_refusal(cause) or "its card cannot be read"
 

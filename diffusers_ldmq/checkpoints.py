@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .artifacts import Plan, Profile, Report
@@ -13,7 +13,7 @@ from .config import NAME
 from .demo import MODEL, demo_model
 from .errors import CheckpointError, LDMQError
 from .families import FAMILIES
-from .hub_errors import HUB_ERRORS, hub_failure
+from .hub_errors import HUB_ERRORS, hub_failure, is_missing_file
 from .serialization import read_json
 
 SIDE_FILES: dict[str, Any] = {"plan": Plan, "report": Report, "profile": Profile}
@@ -137,8 +137,8 @@ def _file(model: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path
     try:
         return Path(hf_hub_download(os.fspath(model), name, **hub))
     except HUB_ERRORS as cause:
-        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-            return None  # the repository is there, the file is not
+        if is_missing_file(cause):
+            return None
         raise hub_failure(os.fspath(model), cause) from cause
 
 

@@ -10,14 +10,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from .card import MARK, Card, write_card
 from .card_inputs import Told, card_of, draw_samples
 from .checkpoints import SAVING_OPTIONS, is_hub_id
 from .errors import LDMQError
-from .hub_errors import HUB_ERRORS, hub_failure
+from .hub_errors import HUB_ERRORS, hub_failure, is_missing_file
 from .output import folder_beside
 from .sampling import Sampling
 from .serialization import MAX_JSON_BYTES, read_json
@@ -96,7 +96,7 @@ def push_folder(folder: str | os.PathLike[str], push: Push, card: Card) -> str:
     """Upload a saved pipeline and its card to a repository that `open_repo` opened; the commit's address."""
     with TemporaryDirectory() as beside:
         stage(folder, beside, card, link=True)
-        if _is_somebodys_card(push):
+        if not (Path(folder) / "README.md").exists() and _is_somebodys_card(push):
             logger.info("%s has a README.md that this program did not write; it stays as it is", push.repo_id)
             (Path(beside) / "README.md").unlink()
         try:
@@ -107,6 +107,8 @@ def push_folder(folder: str | os.PathLike[str], push: Push, card: Card) -> str:
                     revision=push.revision,
                     commit_message=push.commit_message or "Upload a pipeline quantized by diffusers-ldmq",
                     create_pr=push.create_pr,
+                    # of an earlier push: shards that are left over would be loaded instead of the new weights
+                    delete_patterns=[f"{name}/*" for name in (card.component, *card.others)],
                 )
             )
         except (*HUB_ERRORS, ValueError, RuntimeError) as cause:  # the last two are how uploads wrap what happened
@@ -118,10 +120,10 @@ def _is_somebodys_card(push: Push) -> bool:
     try:
         path = hf_hub_download(push.repo_id, "README.md", revision=push.revision, token=push.token)
     except HUB_ERRORS as cause:
-        if isinstance(cause, EntryNotFoundError):
+        if is_missing_file(cause):
             return False
         raise hub_failure(push.repo_id, cause) from cause
-    return MARK not in Path(path).read_text(encoding="utf-8")
+    return MARK not in Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def write_folder(folder: str | os.PathLike[str], out: Path, card: Card) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from huggingface_hub import errors
 from huggingface_hub.errors import (
     DisabledRepoError,
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -77,6 +78,11 @@ def _lost(chain: list[BaseException]) -> str | None:
             "the variable HF_HUB_OFFLINE unset, to download it"
         )
     return None
+
+
+def is_missing_file(cause: BaseException) -> bool:
+    """True if the hub answered that the repository is there and the file is not."""
+    return isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
 
 
 def hub_failure(name: str, cause: BaseException) -> LDMQError:

@@ -101,7 +101,7 @@ def test_saving_with_push_to_hub_takes_everything_along(hub, pipe, tmp_path: Pat
     pipe.save_pretrained(tmp_path / "named", push_to_hub=True, private=True, images=0)
     assert hub.repos["me/named"].private
     assert hub.repos["me/named"].files().keys() >= SIDE
-    pipe.save_pretrained(tmp_path / "named", push_to_hub=True, repo_id="me/other", images=0, max_shard_size="100KB")
+    pipe.save_pretrained(tmp_path / "named", push_to_hub=True, repo_id="me/other", images=0, max_shard_size="10KB")
     assert hub.repos["me/other"].files().keys() >= SIDE | {"unet/diffusion_pytorch_model.safetensors.index.json"}
     assert (tmp_path / "named" / "plan.json").is_file()
 
@@ -122,6 +122,22 @@ def test_our_card_is_written_anew_and_somebodys_stays(hub, pipe, fresh_cache) ->
     fresh_cache()
     pipe.push_to_hub("me/x", images=0, license="mit")
     assert hub.repos["me/x"].files()["README.md"].decode() == mine
+
+
+def test_weights_of_an_earlier_push_do_not_stay_beside_the_new_ones(hub, pipe, picture: Picture, fresh_cache) -> None:
+    first = {
+        "unet/diffusion_pytorch_model.safetensors.index.json": b"{}",
+        "unet/old.safetensors": b"",
+        "notes.txt": b"n",
+    }
+    hub.add("me/x", first)
+    pipe.push_to_hub("me/x", images=0)
+    files = hub.repos["me/x"].files()
+    names = {name for name in files if name.startswith("unet/")}
+    assert names == {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert files["notes.txt"] == b"n"
+    fresh_cache()
+    assert torch.equal(picture(QuantizedLDMPipeline.from_pretrained("me/x")), picture(pipe))
 
 
 def test_nothing_that_is_pushed_tells_paths_users_or_tokens(hub, made: Path, monkeypatch, tmp_path: Path) -> None:

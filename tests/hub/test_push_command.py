@@ -63,6 +63,9 @@ def test_an_edited_card_is_pushed_as_it_is(hub, made: Path, tmp_path: Path, ldmq
     assert result.code == 0, result.err
     assert hub.repos["me/x"].files()["README.md"] == (folder / "README.md").read_bytes()
     assert "README.md is taken as it is; delete it to have the card written anew" in result.err
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nBetter words.\n")
+    assert ldmq("push", folder, "me/x", "--images", 0).code == 0
+    assert b"Better words" in hub.repos["me/x"].files()["README.md"]
 
 
 def test_a_branch_from_the_command_line(hub, made: Path, ldmq) -> None:
