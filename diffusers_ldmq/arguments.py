@@ -61,11 +61,12 @@ def model_path(model: str) -> str | Path:
     return demo_model() if model == MODEL else model
 
 
-def load_float(model: str, device: str) -> Any:
+def load_float(model: str, device: str, *, local_files_only: bool = False) -> Any:
     """The float pipeline, in float32. Raises LDMQError for a quantized one."""
-    if stored_config(model_path(model)) is not None:
+    path, place = model_path(model), checked_device(device)
+    if stored_config(path, local_files_only=local_files_only) is not None:
         raise LDMQError(f"{model}: is quantized already; give the original float model, a second rounding only loses")
-    return _quiet(load_pipeline(model_path(model), dtype=torch.float32, device=checked_device(device)))
+    return _quiet(load_pipeline(path, dtype=torch.float32, device=place, local_files_only=local_files_only))
 
 
 def load_any(model: str, device: str) -> Any:
@@ -147,6 +148,19 @@ def check_out(out: Path, model: str, overwrite: bool) -> None:
         raise OutputError(f"{out}: is the model itself; quantize into another folder")
     if not (out / "model_index.json").is_file():
         raise OutputError(f"{out}: holds no pipeline (no model_index.json), so --overwrite will not delete it")
+
+
+def dry_run_folder(out: Path | None, repo_id: str) -> Path:
+    """Where a dry run writes. Raises OutputError if it must not."""
+    folder = out or Path(f"{repo_id.rpartition('/')[2]}-dry-run")
+    refuse_folder(folder, overwrite=False)
+    return folder
+
+
+def no_dry_run_folder(out: Path | None) -> None:
+    """Raise LDMQError if a folder was named that nothing would be written to."""
+    if out is not None:
+        raise LDMQError(f"--out {out}: only --dry-run writes a folder; add it, or leave --out out")
 
 
 def check_alone(context: typer.Context, option: str, others: tuple[str, ...]) -> None:

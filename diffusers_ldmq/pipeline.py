@@ -10,15 +10,24 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
 
 from .artifacts import Plan, Profile, Report
-from .checkpoints import HUB_OPTIONS, SIDE_FILES, known, original_name, refuse_unknown, side_files, stored_config
+from .checkpoints import (
+    HUB_OPTIONS,
+    SAVING_OPTIONS,
+    SIDE_FILES,
+    known,
+    original_name,
+    refuse_unknown,
+    side_files,
+    stored_config,
+)
 from .demo import MODEL, demo_captions
 from .errors import LDMQError
 from .families import find_denoiser
+from .hub_errors import HUB_ERRORS, hub_refusal
 from .inputs import default_inputs
 from .job import Outcome, Progress, Settings, quantize_pipeline
 from .output import folder_beside
@@ -50,7 +59,10 @@ def load_pipeline(
         pipe = DiffusionPipeline.from_pretrained(text, dtype=dtype, **options)
     except LDMQError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, HfHubHTTPError, AttributeError, ImportError) as cause:
+    except (*HUB_ERRORS, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as cause:
+        told = None if Path(text).exists() else hub_refusal(cause)
+        if told is not None:
+            raise LDMQError(f"{text}: {told}") from cause
         reason = " ".join(str(cause).split())
         raise LDMQError(f"{text}: cannot be loaded as a diffusers pipeline ({reason[:300]})") from cause
     find_denoiser(pipe)
@@ -143,13 +155,16 @@ class QuantizedLDMPipeline:
         refuse_unknown(model, kwargs, **hub)
         config = stored_config(model, **hub)
         if config is not None:
+            original = original_name(model, **hub)
             if plan is not None or target is not None or asked:
                 raise LDMQError(
                     f"{model}: is quantized already; leave {', '.join(['plan and target', *asked])} out to load it, or "
-                    f"give the original float model{original_name(model, **hub)} to quantize anew"
+                    f"give the original float model{original and f' ({original})'} to quantize anew"
                 )
             stored = getattr(torch, str(config.get("compute_dtype", "float32")), torch.float32)
             pipe = load_pipeline(model, dtype=dtype or stored, device=options.device, **kwargs)
+            if original:
+                pipe.register_to_config(_name_or_path=original)  # of what it was made, not where it lies now
             return _dressed(pipe, **side_files(model, **hub))
         settings = _settings(replace(settings or Settings(), **asked), plan, target, dtype)
         pipe = load_pipeline(model, dtype=torch.float32, device=options.device, **kwargs)
@@ -160,14 +175,46 @@ class QuantizedLDMPipeline:
         return _dressed(pipe, plan=outcome.plan, report=outcome.report, profile=outcome.profile)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As the pipeline's own, plus plan.json, report.json and profile.json. Plain diffusers opens the folder."""
+        """As the pipeline's own, plus plan.json, report.json and profile.json. Plain diffusers opens the folder.
+
+        push_to_hub=True: also push it, under `repo_id` or the folder's name, with the keywords of `push_to_hub`.
+        """
+        pushed = None
+        if kwargs.pop("push_to_hub", False):
+            pushed = {name: kwargs.pop(name) for name in list(kwargs) if name not in SAVING_OPTIONS}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in SIDE_FILES:  # first, so that push_to_hub=True takes them along
+        for name in SIDE_FILES:
             artifact = getattr(self, name)
             if artifact is not None:
                 write_json(Path(folder) / f"{name}.json", artifact)
         with saved_dtypes(self):
             super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if pushed is not None:
+            self._push(pushed.pop("repo_id", Path(folder).resolve().name), pushed, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> str:
+        """Upload the pipeline with its model card, plan, measurements and pictures; the address of the commit.
+
+        private: None = as your account has it; options: `revision` (a branch, made where it is missing), `base_model`
+        and `license` where the folder does not tell them, `prompts` or `images` (how many pictures to draw, default 4,
+        0 for none) with `steps`, `guidance` and `seed`, `original` (the float pipeline, to draw beside), and `variant`,
+        `max_shard_size` of save_pretrained. Raises LDMQError in one line for what the hub refuses.
+        """
+        given = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        return self._push(repo_id, {**given, **options})
+
+    def _push(self, repo_id: str, options: dict[str, Any], folder: str | os.PathLike[str] | None = None) -> str:
+        from .hub import push_pipeline  # its figures and tables load only where something is pushed
+
+        return push_pipeline(self, repo_id, folder, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class shares its base's name, so it is rebuilt, never looked up

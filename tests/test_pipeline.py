@@ -118,6 +118,16 @@ def test_a_loaded_pipeline_saves_the_same_bytes_again(quantized_pixel: Path, tmp
         assert (tmp_path / name).read_bytes() == (quantized_pixel / name).read_bytes()
 
 
+def test_a_pipeline_passes_shards_and_variant_on_to_its_quantized_part(quantized_pixel: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    pipe.save_pretrained(tmp_path, max_shard_size="10KB", variant="int8")
+    names = {path.name for path in (tmp_path / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors.index.int8.json" in names
+    assert len(names) > 3
+    assert all("int8" in name for name in names - {"config.json"})
+    assert torch.equal(picture(QuantizedLDMPipeline.from_pretrained(tmp_path, variant="int8")), picture(pipe))
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_it_loads_at_the_verified_dtype_unless_told_otherwise(
     dtype: Any, expected: torch.dtype, quantized_pixel: Path
