@@ -1,0 +1,113 @@
+"""Pipelines on disk: any diffusers pipeline loaded in one line or refused in one, a quantized one saved completely."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub.errors import HfHubHTTPError
+from torch import nn
+from transformers import PreTrainedModel
+
+from .checkpoints import SIDE_FILES, known
+from .errors import LDMQError
+from .families import find_denoiser
+from .output import folder_beside
+from .plugin import stored
+from .quantization import STORAGE_DTYPE
+from .serialization import write_json
+from .settings import Outcome
+
+
+def load_pipeline(
+    model: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+    device: str | None = None,
+    kind: type[DiffusionPipeline] = DiffusionPipeline,
+    **options: Any,
+) -> DiffusionPipeline:
+    """The pipeline in a local folder or under a hub id. options: of DiffusionPipeline.from_pretrained; kind: the
+    pipeline's class (default: the one that model_index.json names).
+
+    Raises LDMQError in one line if it cannot be had.
+    """
+    text = known(model)
+    try:
+        pipe = kind.from_pretrained(text, dtype=dtype, **options)
+    except LDMQError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, HfHubHTTPError, AttributeError, ImportError) as cause:
+        reason = " ".join(str(cause).split())
+        raise LDMQError(f"{text}: cannot be loaded as a diffusers pipeline ({reason[:300]})") from cause
+    find_denoiser(pipe)
+    return pipe if device is None else pipe.to(device)
+
+
+def denoiser_loader(
+    model: str | os.PathLike[str], device: str | None = None, **options: Any
+) -> Callable[[], nn.Module]:
+    """A function that loads the model's float denoiser anew, for plans that must be raised after quantizing.
+
+    options: of DiffusionPipeline.from_pretrained."""
+
+    def load() -> nn.Module:
+        return find_denoiser(load_pipeline(model, dtype=torch.float32, device=device, **options))[1]
+
+    return load
+
+
+def save_pipeline(
+    pipe: Any, folder: str | os.PathLike[str], *, outcome: Outcome | None = None, overwrite: bool = False
+) -> None:
+    """Write the quantized pipeline as an ordinary diffusers folder, with plan.json, report.json and profile.json.
+
+    Complete or not at all. Raises OutputError if `folder` is not empty (unless `overwrite`) or cannot be written.
+    """
+    with folder_beside(folder, overwrite=overwrite) as beside:
+        with saved_dtypes(pipe):
+            pipe.save_pretrained(beside)
+        if outcome is not None:
+            write_side_files(beside, outcome)
+
+
+def write_side_files(folder: Path, source: Any) -> None:
+    """Plan, report and profile, attributes of `source`, as JSON files in an existing folder; what is None is left
+    out."""
+    for name in SIDE_FILES:
+        artifact = getattr(source, name)
+        if artifact is not None:
+            write_json(folder / f"{name}.json", artifact)
+
+
+@contextmanager
+def saved_dtypes(pipe: Any) -> Iterator[None]:
+    """While open, every other model has the dtype in which it is best saved.
+
+    diffusers' models load in fp32 unless told: those whose fp32 values 16 bits hold exactly (they came from such files)
+    are written in 16. transformers' models load as they were saved, so these are written in fp32: a 16-bit text encoder
+    between models loaded in fp32 cannot be sampled from.
+    """
+    changed: list[tuple[Any, torch.dtype, torch.dtype]] = []
+    for model in pipe.components.values():
+        if not isinstance(model, torch.nn.Module) or getattr(model, "is_quantized", False):
+            continue
+        now = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        if isinstance(model, PreTrainedModel) and now != torch.float32:
+            changed.append((model, now, torch.float32))
+        elif isinstance(model, ModelMixin) and now == torch.float32 and _fits_16_bits(model):
+            changed.append((model, now, STORAGE_DTYPE))
+    try:
+        for model, _, dtype in changed:
+            model.to(dtype)
+        yield
+    finally:
+        for model, dtype, _ in changed:
+            model.to(dtype)
+
+
+def _fits_16_bits(model: ModelMixin) -> bool:
+    return all(stored("", value).dtype != torch.float32 for value in model.state_dict().values())
