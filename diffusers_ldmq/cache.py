@@ -177,7 +177,7 @@ def _read(folder: Path) -> Cached:
         raise CheckpointError(f"{folder}: its files are not those that were written")
     config = read_json(folder / "denoiser" / "config.json", CheckpointError)
     dtype = getattr(torch, config["quantization_config"]["compute_dtype"])
-    denoiser: Any = AutoModel.from_pretrained(folder / "denoiser", torch_dtype=dtype)
+    denoiser: Any = AutoModel.from_pretrained(os.fspath(folder / "denoiser"), torch_dtype=dtype)
     denoiser.register_to_config(_name_or_path=config.get("_name_or_path"))  # not where it was cached
     return Cached(entry["component"], denoiser, side_files(folder))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .checkpoints import SIDE_FILES, known
 from .errors import LDMQError
 from .families import find_denoiser
+from .job import forget_path
 from .output import folder_beside
 from .plugin import stored
 from .quantization import STORAGE_DTYPE
@@ -68,7 +69,7 @@ def save_pipeline(
     Complete or not at all. Raises OutputError if `folder` is not empty (unless `overwrite`) or cannot be written.
     """
     with folder_beside(folder, overwrite=overwrite) as beside:
-        with saved_dtypes(pipe):
+        with as_saved(pipe):
             pipe.save_pretrained(beside)
         if outcome is not None:
             write_side_files(beside, outcome)
@@ -84,29 +85,40 @@ def write_side_files(folder: Path, source: Any) -> None:
 
 
 @contextmanager
-def saved_dtypes(pipe: Any) -> Iterator[None]:
-    """While open, every other model has the dtype in which it is best saved.
+def as_saved(pipe: Any) -> Iterator[None]:
+    """While open, the other components are as they are best saved: without paths of this machine, and in the dtype that
+    loads best.
 
     diffusers' models load in fp32 unless told: those whose fp32 values 16 bits hold exactly (they came from such files)
     are written in 16. transformers' models load as they were saved, so these are written in fp32: a 16-bit text encoder
     between models loaded in fp32 cannot be sampled from.
     """
-    changed: list[tuple[Any, torch.dtype, torch.dtype]] = []
-    for model in pipe.components.values():
-        if not isinstance(model, torch.nn.Module) or getattr(model, "is_quantized", False):
-            continue
-        now = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        if isinstance(model, PreTrainedModel) and now != torch.float32:
-            changed.append((model, now, torch.float32))
-        elif isinstance(model, ModelMixin) and now == torch.float32 and _fits_16_bits(model):
-            changed.append((model, now, STORAGE_DTYPE))
+    configured = [part for part in pipe.components.values() if isinstance(part, ConfigMixin)]
+    configs = [part._internal_dict for part in configured]
+    changed = list(_better_dtypes(pipe))
     try:
+        for part in configured:
+            forget_path(part)
         for model, _, dtype in changed:
             model.to(dtype)
         yield
     finally:
+        for part, config in zip(configured, configs, strict=True):
+            part._internal_dict = config
         for model, dtype, _ in changed:
             model.to(dtype)
+
+
+def _better_dtypes(pipe: Any) -> Iterator[tuple[Any, torch.dtype, torch.dtype]]:
+    """(model, its dtype, the one to save it in) where these differ."""
+    for model in pipe.components.values():
+        if not isinstance(model, nn.Module) or getattr(model, "is_quantized", False):
+            continue
+        now = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        if isinstance(model, PreTrainedModel) and now != torch.float32:
+            yield model, now, torch.float32
+        elif isinstance(model, ModelMixin) and now == torch.float32 and _fits_16_bits(model):
+            yield model, now, STORAGE_DTYPE
 
 
 def _fits_16_bits(model: ModelMixin) -> bool:

@@ -132,13 +132,13 @@ def settle(pipe: Any, denoiser_name: str, dtype: torch.dtype | None) -> None:
     """Make everything around a quantized denoiser fit it: other models in `dtype` (None: as they are), no paths of
     this machine in what will be saved."""
     for part in (pipe, getattr(pipe, denoiser_name)):
-        _forget_path(part)
+        forget_path(part)
     for name, component in pipe.components.items():
         if dtype is not None and isinstance(component, nn.Module) and name != denoiser_name:
             component.to(dtype)
 
 
-def _forget_path(part: Any) -> None:
+def forget_path(part: Any) -> None:
     """Of a local source folder only its name is kept: what is shared should not tell the user's paths."""
     source = str(part.config.get("_name_or_path") or "")
     if source and Path(source).exists():

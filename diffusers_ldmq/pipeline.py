@@ -26,7 +26,7 @@ from .components import assembled, refuse_quantization_config, shared_copy
 from .demo import MODEL, demo_captions
 from .errors import LDMQError
 from .families import find_denoiser
-from .folders import denoiser_loader, load_pipeline, save_pipeline, saved_dtypes, write_side_files
+from .folders import as_saved, denoiser_loader, load_pipeline, save_pipeline, write_side_files
 from .job import Outcome, Settings, quantize_pipeline, settle
 from .layers import quantized_layers
 from .request import Request
@@ -143,7 +143,7 @@ class QuantizedLDMPipeline:
         """As the pipeline's own, plus plan.json, report.json and profile.json. Plain diffusers opens the folder."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_side_files(Path(folder), self)  # first, so that push_to_hub=True takes them along
-        with saved_dtypes(self):
+        with as_saved(self):
             super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
