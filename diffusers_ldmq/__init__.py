@@ -6,12 +6,13 @@ Importing registers the quantizer "ldmq" with diffusers, so that our checkpoints
 from .artifacts import Calibration, Plan, Profile, Report
 from .calibration import calibrate
 from .calls import Recording
+from .config import LDMQConfig
 from .correction import correct
 from .errors import LDMQError
 from .inputs import default_inputs
 from .pipeline import QuantizedLDMPipeline
 from .planning import make_plan
-from .plugin import LDMQConfig, register
+from .plugin import register
 from .profiling import ProfileSettings, profile_sqnr
 from .quantization import quantize
 from .recording import record_calls

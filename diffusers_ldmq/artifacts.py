@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import PlanError
 from .metrics import Power, total
-from .serialization import from_json, read_json, write_json
+from .serialization import from_json, read_json, to_json, write_json
 from .specs import LayerState, parse_scheme
 from .tables import LayerTable
 
@@ -89,7 +89,8 @@ class Profile:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Profile":
         """Read profile.json. Raises PlanError if it is none."""
-        return from_json(Profile, _versioned(path, "profile"), PlanError, f"{path}: profile")
+        data = _versioned(read_json(path, PlanError), "profile", path)
+        return from_json(Profile, data, PlanError, f"{path}: profile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,16 @@ class Plan:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Plan":
         """Read plan.json. Raises PlanError if it is none."""
-        return from_json(Plan, _versioned(path, "plan"), PlanError, f"{path}: plan")
+        return Plan.from_dict(read_json(path, PlanError), str(path))
+
+    @staticmethod
+    def from_dict(data: Any, where: str = "plan") -> "Plan":
+        """The plan that plan.json holds as `data`. where: what errors call it. Raises PlanError if it is none."""
+        return from_json(Plan, _versioned(data, "plan", where), PlanError, f"{where}: plan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What plan.json holds."""
+        return to_json(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,7 +231,7 @@ class Report:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Report":
         """Read report.json. Raises PlanError if it is none."""
-        return from_json(Report, _versioned(path, "report"), PlanError, f"{path}: report")
+        return from_json(Report, _versioned(read_json(path, PlanError), "report", path), PlanError, f"{path}: report")
 
 
 KINDS = {"profile": "curve", "plan": "planner", "report": "signal"}
@@ -233,16 +243,15 @@ MADE_BY = {
 }
 
 
-def _versioned(path: str | os.PathLike[str], what: str) -> Any:
-    """JSON of a file whose format_version this library reads. Raises PlanError."""
-    data = read_json(path, PlanError)
+def _versioned(data: Any, what: str, where: str | os.PathLike[str]) -> Any:
+    """`data`, if its format_version is one that this library reads. Raises PlanError."""
     version = data.get("format_version") if isinstance(data, dict) else None
     found = next((kind for kind, key in KINDS.items() if isinstance(data, dict) and key in data), None)
     if found not in (None, what):
-        raise PlanError(f"{path}: is a {found}, a {what} is expected; {MADE_BY[what]}")
+        raise PlanError(f"{where}: is a {found}, a {what} is expected; {MADE_BY[what]}")
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
         raise PlanError(
-            f"{path}: not a {what} that this version reads (format_version {version!r}, expected 1 to "
+            f"{where}: not a {what} that this version reads (format_version {version!r}, expected 1 to "
             f"{FORMAT_VERSION}); {MADE_BY[what]}"
         )
     return data

@@ -16,10 +16,10 @@ from huggingface_hub.errors import (
 )
 
 from .artifacts import Plan, Profile, Report
+from .config import NAME
 from .demo import MODEL, demo_model
 from .errors import CheckpointError, LDMQError
 from .families import FAMILIES
-from .plugin import NAME
 from .serialization import read_json
 
 SIDE_FILES: dict[str, Any] = {"plan": Plan, "report": Report, "profile": Profile}

@@ -17,8 +17,7 @@ from .errors import LDMQError
 from .families import find_denoiser
 from .job import forget_path
 from .output import folder_beside
-from .plugin import stored
-from .quantization import STORAGE_DTYPE
+from .quantization import STORAGE_DTYPE, stored
 from .serialization import write_json
 from .settings import Outcome
 

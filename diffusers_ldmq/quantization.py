@@ -77,6 +77,14 @@ def fits_storage(value: torch.Tensor) -> bool:
     return value.numel() == 0 or bool(value.detach().abs().amax() <= limit)
 
 
+def stored(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor as the file holds it: fp32 values that 16 bits represent exactly are written in 16 bits."""
+    if value.dtype != torch.float32 or name.endswith("_scale") or not fits_storage(value):
+        return value
+    small = value.to(STORAGE_DTYPE)
+    return small if torch.equal(small.to(value.dtype), value) else value
+
+
 def replace_layer(denoiser: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` in the place called `name`."""
     parent, _, child = name.rpartition(".")

@@ -113,7 +113,7 @@ class QuantizedLayer(nn.Module):
             for name, spec in specs.items()
             if name in names
         }
-        self._adopt(LayerState(scheme, **made, rotation=rotation))
+        self.adopt(LayerState(scheme, **made, rotation=rotation))
 
     def load_state(self, state: LayerState) -> None:
         """Take over a state; its tensors move to this layer's device unless that is meta.
@@ -122,7 +122,7 @@ class QuantizedLayer(nn.Module):
         """
         check_state(state, self.geometry)
         device = next(p.device for p in self._parameters.values() if p is not None)
-        self._adopt(state if device.type == "meta" else state.to(device))
+        self.adopt(state if device.type == "meta" else state.to(device))
 
     def state(self) -> LayerState:
         """What the layer holds, as plain codes. Raises LDMQError if it is a float layer."""
@@ -185,7 +185,8 @@ class QuantizedLayer(nn.Module):
         state = self._unrestored_state()
         return choose_backend(state, self.geometry, state.weight.device, self._requested_backend)
 
-    def _adopt(self, state: LayerState) -> None:
+    def adopt(self, state: LayerState) -> None:
+        """Take over a state as it is, unchecked; its tensors may be on meta until a loader fills them."""
         self._pack = None
         self._scheme, self._rotation = state.scheme, state.rotation
         for name in PARAMETERS:

@@ -1,0 +1,100 @@
+"""LDMQConfig: what diffusers' and transformers' `quantization_config` says, in a call and in config.json."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from enum import StrEnum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from .artifacts import FORMAT_VERSION
+from .data_free import PlanLike, plan_data
+from .errors import CheckpointError, LDMQError
+from .manifest import checked_entries
+from .version import __version__
+
+NAME = "ldmq"
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class LDMQMethod(StrEnum):
+    """diffusers reads `quant_method.value`; its own enumeration is closed."""
+
+    LDMQ = NAME
+
+
+class LDMQConfig(QuantizationConfigMixin):
+    """How a float model is to be quantized while it is loaded, or what config.json says of a quantized one.
+
+    plan: a data-free scheme such as 'w8a16' or 'w8a8-dyn' for all layers but those that are better kept in floating
+    point; or a Plan, its dict or the path of its file; or {layer, block or pattern: scheme}, later entries going
+    before earlier ones.
+    modules_to_not_convert: layers, blocks or patterns that stay float besides.
+    layers: of a checkpoint: layer name -> {'scheme': ..., 'tensors': [...]}, exactly the tensors the file holds for it,
+    and 'rotation' and 'rank' where the layer has them; compute_dtype: floating dtype the model was verified in;
+    format_version: of this description.
+
+    Raises LDMQError for schemes that need calibration, CheckpointError for a malformed description.
+    """
+
+    def __init__(
+        self,
+        plan: PlanLike | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        *,
+        layers: dict[str, dict[str, Any]] | None = None,
+        compute_dtype: str = "float32",
+        format_version: int = FORMAT_VERSION,
+        **more_keys: Any,
+    ) -> None:
+        version = more_keys.pop("ldmq_version", __version__)
+        method = more_keys.pop("quant_method", NAME)
+        if method not in (NAME, LDMQMethod.LDMQ):
+            raise CheckpointError(f"quantization_config: quant_method is {method!r}, expected {NAME!r}")
+        _check_version(format_version, more_keys, version)
+        if compute_dtype not in COMPUTE_DTYPES:
+            raise CheckpointError(f"quantization_config: compute_dtype is {compute_dtype!r}, not in {COMPUTE_DTYPES}")
+        self.quant_method = LDMQMethod.LDMQ  # pyright: ignore[reportAttributeAccessIssue]  (theirs is a closed Enum)
+        self.plan = plan_data(plan)
+        self.modules_to_not_convert = _names(modules_to_not_convert)
+        self.layers = checked_entries(layers)
+        self.compute_dtype = compute_dtype
+        self.format_version = format_version
+        self.ldmq_version = version
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, without paths."""
+        wanted = {"plan": self.plan, "modules_to_not_convert": self.modules_to_not_convert}
+        return {
+            "quant_method": NAME,
+            "format_version": self.format_version,
+            "ldmq_version": self.ldmq_version,
+            "compute_dtype": self.compute_dtype,
+            "layers": deepcopy(self.layers),
+        } | {key: deepcopy(value) for key, value in wanted.items() if value}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What `print(config)` shows."""
+        return self.to_dict()
+
+
+def _check_version(format_version: Any, unknown: dict[str, Any], written_by: Any) -> None:
+    if not isinstance(format_version, int) or isinstance(format_version, bool) or format_version < 1:
+        raise CheckpointError(f"quantization_config: format_version is {format_version!r}, expected {FORMAT_VERSION}")
+    if format_version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"quantization_config has format_version {format_version} and unknown keys {sorted(unknown)}; it was "
+            f"written by diffusers-ldmq {written_by}, this is {__version__}: pip install -U diffusers-ldmq"
+        )
+    if unknown:
+        raise CheckpointError(
+            f"quantization_config has unknown keys {sorted(unknown)}; mistyped, or written by another version than "
+            f"{__version__} (pip install -U diffusers-ldmq)? Known: plan, modules_to_not_convert"
+        )
+
+
+def _names(given: Sequence[str] | None) -> list[str]:
+    """A list of names of the caller's own, never the caller's list."""
+    if isinstance(given, str) or not all(isinstance(name, str) for name in given or ()):
+        raise LDMQError(f"quantization_config: modules_to_not_convert is {given!r}, expected a list of names")
+    return list(given or ())

@@ -1,0 +1,148 @@
+"""What a quantized model does where diffusers would break it in silence or fail obscurely: attributes of the instance
+that go before its class's methods. The class itself stays untouched, because pipelines look models up by it."""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from .errors import LDMQError
+from .layers import quantized_layers
+
+REFUSALS = {
+    "enable_layerwise_casting": "layerwise casting would cast biases and the float rest below 16 bits and leave the "
+    "integers as they are; use group offloading to save memory",
+    "fuse_qkv_projections": "q, k and v hold integers with scales of their own and cannot be joined; fuse the float "
+    "model and quantize that",
+}
+"""Method -> why a quantized model does not do it, and what to do instead."""
+
+COPYING = {
+    "ControlNetModel": "from_unet",
+    "ControlNetUnionModel": "from_unet",
+    "ControlNetXSAdapter": "from_unet",
+    "FluxControlNetModel": "from_transformer",
+    "HunyuanDiT2DControlNetModel": "from_transformer",
+    "SD3ControlNetModel": "from_transformer",
+    "SparseControlNetModel": "from_unet",
+    "UNetControlNetXSModel": "from_unet",
+    "UNetMotionModel": "from_unet2d",
+}
+"""Classes of diffusers that copy a denoiser's weights into float layers of their own, and the method that does."""
+
+CASTS = {"half": torch.float16, "float": torch.float32, "bfloat16": torch.bfloat16, "double": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Stands in for a method. words: what the error says."""
+
+    words: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise LDMQError(self.words)
+
+
+def guard(model: nn.Module) -> None:
+    """Give the quantized model its own ways with what its class would do wrong. Harmless when done again."""
+    kind = type(model)
+    for name, why in REFUSALS.items():
+        if hasattr(kind, name):
+            setattr(model, name, Refusal(f"{name}() is not possible on a quantized {kind.__name__}: {why}"))
+    for name, function in _replacements().items():
+        if hasattr(kind, name):
+            setattr(model, name, functools.partial(function, model))
+    _guard_copying()
+
+
+def unguard(model: nn.Module) -> None:
+    """The model does again what its class does."""
+    for name in (*REFUSALS, *_replacements()):
+        vars(model).pop(name, None)
+
+
+def to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """As nn.Module.to for devices and memory formats. Raises LDMQError for a dtype other than the model's own."""
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    if dtype is not None:
+        cast(model, dtype)
+    moved: dict[str, Any] = {} if memory_format is None else {"memory_format": memory_format}
+    if device is not None:
+        moved |= {"device": device, "non_blocking": non_blocking}
+    return type(model).to(model, **moved) if moved else model
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model, if it has this dtype already; otherwise LDMQError."""
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
+    if own != dtype:
+        raise LDMQError(
+            f"a quantized {type(model).__name__} in {own} is not cast to {dtype}: load it again with "
+            f"torch_dtype={dtype} (integers and scales stay what they are), or call dequantize() first"
+        )
+    return model
+
+
+def requires_grad_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
+    """As nn.Module.requires_grad_. Raises LDMQError for True: integers cannot be trained."""
+    if requires_grad:
+        raise LDMQError(
+            f"the integers of a quantized {type(model).__name__} cannot be trained; add a LoRA with add_adapter() and "
+            f"train that, or call dequantize() first"
+        )
+    return type(model).requires_grad_(model, False)
+
+
+def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """As the class's own. Raises LDMQError for use_flashpack."""
+    if kwargs.get("use_flashpack"):
+        raise LDMQError("use_flashpack=True would leave out what tells integers from weights; save as safetensors")
+    return type(model).save_pretrained(model, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """As the class's own, with two 4-bit weights in a byte counted as two."""
+    kwargs = {"only_trainable": only_trainable, "exclude_embeddings": exclude_embeddings}
+    counted = type(model).num_parameters(model, **kwargs)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+    if only_trainable:
+        return counted
+    weights = [(layer.geometry, layer._parameters["weight"]) for layer in quantized_layers(model).values()]
+    return counted + sum(g.shape[0] * g.columns - w.numel() for g, w in weights if w is not None)
+
+
+def _replacements() -> dict[str, Callable[..., Any]]:
+    casts = {name: functools.partial(_cast_as, dtype) for name, dtype in CASTS.items()}
+    own = (to, requires_grad_, save_pretrained, num_parameters)
+    return {**casts, **{function.__name__: function for function in own}}
+
+
+def _cast_as(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    return cast(model, dtype)
+
+
+@functools.cache
+def _guard_copying() -> None:
+    """Once there is a quantized model: let no class copy its integers as if they were weights."""
+    diffusers = importlib.import_module("diffusers")
+    for name, method in COPYING.items():
+        kind = getattr(diffusers, name, None)
+        if kind is not None and method in vars(kind):
+            setattr(kind, method, classmethod(_refusing(vars(kind)[method].__func__, f"{name}.{method}")))
+
+
+def _refusing(function: Callable[..., Any], called: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def copy(*args: Any, **kwargs: Any) -> Any:
+        for model in (*args, *kwargs.values()):
+            if isinstance(model, nn.Module) and quantized_layers(model):
+                raise LDMQError(
+                    f"{called}: the {type(model).__name__} is quantized, and integers are no weights to start from; "
+                    f"load the float model, or call dequantize() first"
+                )
+        return function(*args, **kwargs)
+
+    return copy

@@ -1,0 +1,101 @@
+"""How strictly the tensors of a checkpoint are read: every one that its config.json names, at its dtype and shape, with
+values that can be, and no other. diffusers and transformers would warn at most."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .affine import unpack_int4
+from .errors import CheckpointError, LDMQError
+from .quantized_layer import QuantizedLayer
+from .specs import check_state, tensor_specs
+
+
+def check_keys(expected: Iterable[str], found: Iterable[str], ignored: Iterable[str] = ()) -> None:
+    """Raise CheckpointError for a tensor that only one of model and file has. ignored: patterns of names that a file
+    may hold besides."""
+    expected, found = set(expected), set(found)
+    extra = sorted(key for key in found - expected if not any(re.search(pattern, key) for pattern in ignored))
+    missing = sorted(expected - found)
+    if missing and not any(key.endswith("weight_scale") for key in found):
+        raise CheckpointError(
+            f"{place(missing[0])}: the file lacks this tensor ({more(missing)}) and holds no scales at all: it is a "
+            f"float model's, saved with a quantized model's config.json; remove its 'quantization_config' entry"
+        )
+    if missing:
+        raise CheckpointError(f"{place(missing[0])}: the file lacks this tensor ({more(missing)}); get it again")
+    if extra:
+        raise CheckpointError(
+            f"{place(extra[0])}: the checkpoint holds this tensor, which its quantization_config does not name "
+            f"({more(extra)}); it is damaged or was changed by hand"
+        )
+
+
+def put(model: nn.Module, name: str, raw: Tensor, cast: Tensor, device: torch.device | str | int) -> None:
+    """Check one tensor of a file and put it in place. raw: as the file holds it; cast: at the dtype that was asked for,
+    which integers and scales do not take. Raises CheckpointError naming the tensor."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    exact = None
+    if isinstance(module, QuantizedLayer) and not module.scheme.is_float:
+        exact = tensor_specs(module.scheme, module.geometry, module.rank)[leaf].dtype
+    if exact is not None and raw.dtype != exact:
+        raise CheckpointError(f"{place(name)}: dtype {raw.dtype}, expected {exact}; wrong file?")
+    if exact is None and not raw.is_floating_point():
+        raise CheckpointError(f"{place(name)}: dtype {raw.dtype}, expected a floating one; wrong file?")
+    _check_values(name, raw, module)
+    placed = (raw if exact is not None else cast).to(device)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(placed, requires_grad=exact is None)
+    else:
+        module._buffers[leaf] = placed.clone()  # or this small tensor would hold the whole mapped file
+
+
+def check_shape(name: str, expected: Tensor, found: Tensor) -> None:
+    """Raise CheckpointError naming the tensor unless both have one shape."""
+    if found.shape != expected.shape:
+        sizes = f"shape {list(found.shape)}, expected {list(expected.shape)}"
+        raise CheckpointError(f"{place(name)}: {sizes}; wrong file?")
+
+
+def check_complete(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> None:
+    """Raise CheckpointError if a tensor is still missing or one of the quantized layers is not what its scheme says."""
+    empty = sorted(name for name, value in model.state_dict().items() if value.is_meta)
+    if empty:
+        raise CheckpointError(f"{place(empty[0])}: no file gave this tensor ({more(empty)}); a shard is missing")
+    for name, layer in layers.items():
+        try:
+            check_state(layer.state(), layer.geometry)
+        except LDMQError as cause:
+            raise CheckpointError(f"module {name!r} was not loaded as its scheme asks: {cause}") from None
+
+
+def _check_values(name: str, value: Tensor, module: nn.Module) -> None:
+    if value.is_floating_point():
+        if not torch.isfinite(value).all():
+            raise CheckpointError(f"{place(name)}: holds NaN or Inf; the file is damaged, get it again")
+        if name.endswith("_scale") and not (value > 0).all():
+            raise CheckpointError(f"{place(name)}: a scale is zero or negative; the file is damaged, get it again")
+    elif name.endswith("input_zero_point") and isinstance(module, QuantizedLayer):
+        spec = module.scheme.activation
+        if spec is not None and not spec.qmin <= int(value) <= spec.qmax:
+            raise CheckpointError(f"{place(name)}: zero point {int(value)}, outside {spec.qmin}..{spec.qmax}; damaged")
+    elif value.dtype == torch.int8 and value.numel() and int(value.min()) == -128:
+        raise CheckpointError(f"{place(name)}: holds the code -128, outside -127..127; the file is damaged")
+    elif value.dtype == torch.uint8 and isinstance(module, QuantizedLayer):
+        columns = module.geometry.columns
+        if columns % 2 and not (unpack_int4(value[:, -1:], 2)[:, 1] == 0).all():
+            raise CheckpointError(f"{place(name)}: a padding nibble is not 8; the file is damaged")
+
+
+def place(key: str) -> str:
+    """A tensor's name in words."""
+    module, _, tensor = key.rpartition(".")
+    return f"module {module!r}, tensor {tensor!r}" if module else f"tensor {tensor!r}"
+
+
+def more(keys: list[str]) -> str:
+    """How many they are, in words."""
+    return f"{len(keys)} such tensor{'s' if len(keys) > 1 else ''}"
