@@ -179,19 +179,31 @@ def test_entries_go_by_the_content_of_the_source_not_by_its_place(
     assert find_entry(str(tmp_path / "copy"), request(), {}) != found[0]
 
 
-def test_files_in_the_hubs_cache_go_by_their_blobs_names(float_folder: Path, home: Path, tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    blobs.mkdir()
-    for path in (path for path in float_folder.rglob("*") if path.is_file()):
+def test_a_hub_repository_goes_by_its_blobs_names_and_is_cached_too(
+    float_folder: Path, home: Path, tmp_path: Path, calls: Callable[[], int]
+) -> None:
+    repository = tmp_path / "hub" / "models--me--tiny"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    for number, path in enumerate(path for path in float_folder.rglob("*") if path.is_file()):
         link = snapshot / path.relative_to(float_folder)
         link.parent.mkdir(parents=True, exist_ok=True)
-        blob = blobs / str(abs(hash(path)))
-        shutil.copy(path, blob)
-        link.symlink_to(blob)
-    entry = find_entry(str(snapshot), request(), {})
+        shutil.copy(path, blobs / f"{number:040x}")
+        link.symlink_to(blobs / f"{number:040x}")
+    hub: Any = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+    entry = find_entry("me/tiny", request(), hub)
     assert entry is not None
-    names = set(entry.made_of["source"].values())
-    assert names == {f"blob {path.name}" for path in blobs.iterdir()}
+    assert set(entry.made_of["source"].values()) == {f"blob {path.name}" for path in blobs.iterdir()}
+    common: Any = {"plan": "uniform", "inputs": INPUTS[NAME], **hub}
+    first = QuantizedLDMPipeline.from_pretrained("me/tiny", **common)
+    assert calls() > 0
+    second = QuantizedLDMPipeline.from_pretrained("me/tiny", **common)
+    assert calls() == 0
+    assert second.config["_name_or_path"] == "me/tiny"
+    assert second.unet.config["_name_or_path"] == first.unet.config["_name_or_path"]
+    assert torch.equal(picture(first, NAME), picture(second, NAME))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "absent", "extra", "index", "manifest"])
