@@ -90,6 +90,11 @@ def stored_config(model: str | os.PathLike[str], **hub: Any) -> dict[str, Any] |
         path = _file(model, f"{component}/config.json", hub)
         data = read_json(path, CheckpointError) if path else {}
         config = data.get("quantization_config") if isinstance(data, dict) else None
+        if config is not None and not isinstance(config, dict):
+            raise CheckpointError(
+                f"{model}: {component}/config.json has a quantization_config that is a {type(config).__name__}, "
+                f"expected an object; the file is damaged"
+            )
         if isinstance(config, dict) and config.get("quant_method") == NAME:
             return config
     return None

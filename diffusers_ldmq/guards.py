@@ -12,6 +12,7 @@ from torch import nn
 
 from .errors import LDMQError
 from .layers import quantized_layers
+from .lora import add_adapter, fuse_lora, load_lora_adapter, show_float_shapes, update_manifest
 
 REFUSALS = {
     "enable_layerwise_casting": "layerwise casting would cast biases and the float rest below 16 bits and leave the "
@@ -59,6 +60,7 @@ def guard(model: nn.Module) -> None:
     if hasattr(kind, "save_pretrained"):  # pipelines pass variant= and max_shard_size= on where the signature has them
         vars(model)["save_pretrained"].__wrapped__ = kind.save_pretrained
     _guard_copying()
+    show_float_shapes()
 
 
 def unguard(model: nn.Module) -> None:
@@ -100,9 +102,10 @@ def requires_grad_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
 
 
 def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """As the class's own. Raises LDMQError for use_flashpack."""
+    """As the class's own, with what fused LoRAs added in the manifest. Raises LDMQError for use_flashpack."""
     if kwargs.get("use_flashpack"):
         raise LDMQError("use_flashpack=True would leave out what tells integers from weights; save as safetensors")
+    update_manifest(model)
     return type(model).save_pretrained(model, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -118,7 +121,7 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
 
 def _replacements() -> dict[str, Callable[..., Any]]:
     casts = {name: functools.partial(_cast_as, dtype) for name, dtype in CASTS.items()}
-    own = (to, requires_grad_, save_pretrained, num_parameters)
+    own = (to, requires_grad_, save_pretrained, num_parameters, fuse_lora, add_adapter, load_lora_adapter)
     return {**casts, **{function.__name__: function for function in own}}
 
 

@@ -3,6 +3,7 @@ values that can be, and no other. diffusers and transformers would warn at most.
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,16 @@ def check_keys(expected: Iterable[str], found: Iterable[str], ignored: Iterable[
         )
 
 
+def refuse_pickles(files: Iterable[str]) -> None:
+    """Raise CheckpointError for weights of ours in any other file than safetensors."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(
+                f"{Path(file).name}: quantized models are read from safetensors files only, since a pickle may run "
+                f"any code; get the checkpoint again from its author"
+            )
+
+
 def put(model: nn.Module, name: str, raw: Tensor, cast: Tensor, device: torch.device | str | int) -> None:
     """Check one tensor of a file and put it in place. raw: as the file holds it; cast: at the dtype that was asked for,
     which integers and scales do not take. Raises CheckpointError naming the tensor."""
@@ -45,6 +56,9 @@ def put(model: nn.Module, name: str, raw: Tensor, cast: Tensor, device: torch.de
         raise CheckpointError(f"{place(name)}: dtype {raw.dtype}, expected {exact}; wrong file?")
     if exact is None and not raw.is_floating_point():
         raise CheckpointError(f"{place(name)}: dtype {raw.dtype}, expected a floating one; wrong file?")
+    before = module._parameters.get(leaf)
+    if before is not None and not before.is_meta:
+        raise CheckpointError(f"{place(name)}: two files of the checkpoint hold this tensor; get the checkpoint again")
     _check_values(name, raw, module)
     placed = (raw if exact is not None else cast).to(device)
     if leaf in module._parameters:

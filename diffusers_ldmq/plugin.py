@@ -20,7 +20,7 @@ from .errors import CheckpointError, LDMQError
 from .families import quantizable_layers
 from .guards import guard, unguard
 from .layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
-from .loading import check_complete, check_keys, check_shape, more, place, put
+from .loading import check_complete, check_keys, check_shape, more, place, put, refuse_pickles
 from .manifest import entry_of, prepare
 from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
@@ -60,6 +60,8 @@ class LDMQQuantizer(DiffusersQuantizer):
             raise LDMQError("use_flashpack=True skips quantizing altogether; load safetensors files instead")
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        if self.pre_quantized:
+            refuse_pickles(checkpoint_files)
         self.loaded_keys = list(loaded_keys)
         return loaded_keys
 
@@ -134,7 +136,8 @@ class LDMQQuantizer(DiffusersQuantizer):
         if adapters:
             raise CheckpointError(
                 f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
-                f"can load; call unload_lora_weights() first and share the LoRA as a file of its own"
+                f"can load; call unload_lora_weights() first (and fuse_lora() before that to keep what it does), and "
+                f"share the LoRA as a file of its own"
             )
         if not safe_serialization:
             raise CheckpointError("quantized models are saved as safetensors only; leave safe_serialization=True")
