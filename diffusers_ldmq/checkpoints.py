@@ -1,9 +1,11 @@
 """What a model's folder or hub repository holds, before anything of it is loaded."""
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -42,8 +44,8 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 LOADING_OPTIONS = (
     *HUB_OPTIONS,
     *("custom_pipeline", "custom_revision", "device_map", "disable_mmap", "load_connected_pipeline"),
-    *("low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "trust_remote_code"),
-    *("use_safetensors", "variant"),
+    *("low_cpu_mem_usage", "max_memory", "offload_folder", "offload_state_dict", "quantization_config"),
+    *("trust_remote_code", "use_safetensors", "variant"),
 )
 """Keywords of DiffusionPipeline.from_pretrained that are no components."""
 
@@ -53,15 +55,22 @@ SAVING_OPTIONS = ("safe_serialization", "variant", "max_shard_size", "use_flashp
 
 
 def refuse_unknown(model: str | os.PathLike[str], options: dict[str, Any], **hub: Any) -> None:
-    """Raise LDMQError for a keyword that is neither an option of loading nor in the model's model_index.json: diffusers
-    would ignore it."""
+    """Raise LDMQError for a keyword that is neither an option of loading nor a component or option of the pipeline's
+    class: diffusers would ignore it."""
     index = _index(known(model), hub)
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    taken = {*index, *LOADING_OPTIONS, *(inspect.signature(kind.__init__).parameters if kind else ())}
     for name in options:
-        if name not in LOADING_OPTIONS and name not in index:
+        if name not in taken:
             raise LDMQError(
                 f"from_pretrained takes no keyword {name!r}: it is no option of loading or quantizing, and {model} has "
-                f"no such component; it has {', '.join(sorted(k for k in index if not k.startswith('_')))}"
+                f"no such component; it has {', '.join(component_names(model, **hub))}"
             )
+
+
+def component_names(model: str | os.PathLike[str], **hub: Any) -> list[str]:
+    """Names of the components that the model's model_index.json lists, in order. hub: of HUB_OPTIONS."""
+    return sorted(name for name, kind in _index(known(model), hub).items() if isinstance(kind, list))
 
 
 def _index(model: str, hub: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +122,8 @@ def _config(model: str, component: str, hub: dict[str, Any]) -> dict[str, Any] |
     config = data.get("quantization_config") if isinstance(data, dict) else None
     if config is not None and not isinstance(config, dict):
         raise CheckpointError(
-            f"{model}: {component}/config.json has a quantization_config that is a {type(config).__name__}, expected an "
-            f"object; the file is damaged"
+            f"{model}: {component}/config.json has a quantization_config that is a {type(config).__name__}, expected "
+            f"an object; the file is damaged"
         )
     return config if config is not None and config.get("quant_method") == NAME else None
 

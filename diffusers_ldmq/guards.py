@@ -50,13 +50,15 @@ class Refusal:
 
 def guard(model: nn.Module) -> None:
     """Give the quantized model its own ways with what its class would do wrong. Harmless when done again."""
-    kind = type(model)
+    kind: Any = type(model)
     for name, why in REFUSALS.items():
         if hasattr(kind, name):
             setattr(model, name, Refusal(f"{name}() is not possible on a quantized {kind.__name__}: {why}"))
     for name, function in _replacements().items():
         if hasattr(kind, name):
             setattr(model, name, functools.partial(function, model))
+    if hasattr(kind, "save_pretrained"):  # pipelines pass variant= and max_shard_size= on where the signature has them
+        vars(model)["save_pretrained"].__wrapped__ = kind.save_pretrained
     _guard_copying()
     show_float_shapes()
 
