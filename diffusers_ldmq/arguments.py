@@ -84,14 +84,16 @@ def components(given: list[str] | None) -> dict[str, PlanLike]:
     return found
 
 
-def load_float(model: str, device: str, schemes: Mapping[str, PlanLike] | None = None) -> Any:
+def load_float(
+    model: str, device: str, schemes: Mapping[str, PlanLike] | None = None, *, local_files_only: bool = False
+) -> Any:
     """The float pipeline, in float32. schemes: components that are quantized while they are loaded. Raises LDMQError
     for a quantized one."""
-    if stored_config(model_path(model)) is not None:
+    path, place, hub = model_path(model), checked_device(device), {"local_files_only": local_files_only}
+    if stored_config(path, **hub) is not None:
         raise LDMQError(f"{model}: is quantized already; give the original float model, a second rounding only loses")
-    path, place = model_path(model), checked_device(device)
-    options = loading_options(components_of(path), schemes) if schemes else {}
-    return _quiet(load_pipeline(path, dtype=torch.float32, device=place, **options))
+    options = loading_options(components_of(path, **hub), schemes) if schemes else {}
+    return _quiet(load_pipeline(path, dtype=torch.float32, device=place, **hub, **options))
 
 
 def load_any(model: str, device: str) -> Any:
@@ -179,6 +181,19 @@ def check_out(out: Path, model: str, overwrite: bool) -> None:
         raise OutputError(f"{out}: is the model itself; quantize into another folder")
     if not (out / "model_index.json").is_file():
         raise OutputError(f"{out}: holds no pipeline (no model_index.json), so --overwrite will not delete it")
+
+
+def dry_run_folder(out: Path | None, repo_id: str) -> Path:
+    """Where a dry run writes. Raises OutputError if it must not."""
+    folder = out or Path(f"{repo_id.rpartition('/')[2]}-dry-run")
+    refuse_folder(folder, overwrite=False)
+    return folder
+
+
+def no_dry_run_folder(out: Path | None) -> None:
+    """Raise LDMQError if a folder was named that nothing would be written to."""
+    if out is not None:
+        raise LDMQError(f"--out {out}: only --dry-run writes a folder; add it, or leave --out out")
 
 
 def check_alone(context: typer.Context, option: str, others: tuple[str, ...]) -> None:

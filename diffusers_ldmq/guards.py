@@ -50,13 +50,15 @@ class Refusal:
 
 def guard(model: nn.Module) -> None:
     """Give the quantized model its own ways with what its class would do wrong. Harmless when done again."""
-    kind = type(model)
+    kind: Any = type(model)
     for name, why in REFUSALS.items():
         if hasattr(kind, name):
             setattr(model, name, Refusal(f"{name}() is not possible on a quantized {kind.__name__}: {why}"))
     for name, function in _replacements().items():
         if hasattr(kind, name):
             setattr(model, name, functools.partial(function, model))
+    if hasattr(kind, "save_pretrained"):  # pipelines pass variant= and max_shard_size= on where the signature has them
+        vars(model)["save_pretrained"].__wrapped__ = kind.save_pretrained
     _guard_copying()
     show_float_shapes()
 
@@ -116,12 +118,23 @@ def requires_grad_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
     return type(model).requires_grad_(model, False)
 
 
-def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def save_pretrained(
+    model: nn.Module,
+    *args: Any,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    use_flashpack: bool = False,
+    **kwargs: Any,
+) -> Any:
     """As the class's own, with what fused LoRAs added in the manifest. Raises LDMQError for use_flashpack."""
-    if kwargs.get("use_flashpack"):
+    # pipelines look these four up in the signature, and leave out of their call what they do not find there
+    if use_flashpack:
         raise LDMQError("use_flashpack=True would leave out what tells integers from weights; save as safetensors")
     update_manifest(model)
-    return type(model).save_pretrained(model, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    named = {"variant": variant, "max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
+    given = {name: value for name, value in named.items() if value is not None and value is not True}
+    return type(model).save_pretrained(model, *args, **given, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -31,7 +31,6 @@ from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
 from .text_layers import in_fp32, is_read, refuse_packed, text_schemes
 
-
 SMALL = 2**16
 """Bytes up to which a tensor is copied out of its file; larger ones stay mapped."""
 
@@ -142,7 +141,13 @@ class LDMQTextQuantizer(HfQuantizer):
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             header = self.found.get(name)
             if header is not None and value.device.type == "cpu" and value.dtype == header.dtype:
-                value.data = header.read() if value.nbytes > SMALL else value.data.clone()
+                fresh = header.read() if value.nbytes > SMALL else value.data.clone()
+                owner, _, leaf = name.rpartition(".")
+                buffers = model.get_submodule(owner)._buffers
+                if leaf in buffers:
+                    buffers[leaf] = fresh  # a view would keep its base
+                else:
+                    value.data = fresh
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What the file will hold. Tied weights stay one tensor, by which transformers knows them."""
