@@ -148,6 +148,10 @@ class LDMQQuantizer(DiffusersQuantizer):
         return model
 
     @property
+    def supports_parallel_loading(self) -> bool:
+        return self.pre_quantized  # a layer that is being quantized gets more tensors, while other threads list them
+
+    @property
     def is_serializable(self) -> Any:
         return True
 
