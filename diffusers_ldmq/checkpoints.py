@@ -25,6 +25,11 @@ SIDE_FILES: dict[str, Any] = {"plan": Plan, "report": Report, "profile": Profile
 def known(model: str | os.PathLike[str]) -> str:
     """The model's name, the bundled model's folder for its word. Raises LDMQError unless it is a pipeline folder or
     looks like a hub id."""
+    if not isinstance(model, (str, os.PathLike)):
+        raise LDMQError(
+            f"the model is of type {type(model).__name__}, expected a local pipeline folder or a hub id such as "
+            f"owner/name; a pipeline in memory is for from_pipe"
+        )
     text = os.fspath(model)
     if text == MODEL and not Path(text).exists():
         return os.fspath(demo_model())

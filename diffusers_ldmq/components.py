@@ -4,7 +4,7 @@ import inspect
 from copy import deepcopy
 from typing import Any
 
-from diffusers import PipelineQuantizationConfig
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from torch import nn
 
 from .errors import LDMQError
@@ -15,8 +15,14 @@ def assembled(base: Any, pipe: Any, given: dict[str, Any]) -> Any:
     """A pipeline of class `base` with the components and options of `pipe`, those of `given` in their places. Nothing
     is copied or cast.
 
-    Raises LDMQError for a name in `given` that `base` does not have, and for a component that it needs and nobody has.
+    Raises LDMQError for what is no pipeline, for a name in `given` that `base` does not have, and for a component that
+    it needs and nobody has.
     """
+    if not isinstance(pipe, DiffusionPipeline):
+        raise LDMQError(
+            f"from_pipe takes a pipeline, found {type(pipe).__name__}; a model alone is quantized in its pipeline, or "
+            f"while it is loaded: from_pretrained(..., quantization_config=LDMQConfig('w8a16'))"
+        )
     expected, optional = (list(names) for names in base._get_signature_keys(base))
     unknown = [name for name in given if name not in expected and name not in optional]
     if unknown:

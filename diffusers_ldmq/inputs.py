@@ -5,7 +5,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ def default_inputs(
     """`__call__` arguments for recording `pipe`, at most `batch` images a call, seeds counting up from `seed`.
 
     Text pipelines get `prompts` (default: 32 captions of ours), class-conditional ones random labels, others seeds.
-    Raises RecordingError for a pipeline that needs images, and for prompts where the pipeline takes none.
+    Raises RecordingError for a pipeline that needs images, for prompts where the pipeline takes none, and for what is
+    no list of prompts.
     """
     accepted = inspect.signature(pipe.__call__).parameters
     needed = needed_images(pipe)
@@ -38,11 +39,32 @@ def default_inputs(
         )
     if prompts is not None and "prompt" not in accepted:
         raise RecordingError(f"{type(pipe).__name__} takes no prompts; leave --prompts out")
-    every = _values(pipe, prompts, seed)
+    every = _values(pipe, prompts if prompts is None else entries_of("prompts", prompts, (str,)), seed)
     common = {"num_inference_steps": steps} if steps and "num_inference_steps" in accepted else {}
     batch = max(1, min(batch, len(every) // LEAST_CALLS))
     calls = [every[i : i + batch] for i in range(0, len(every), batch)]
     return [{**_argument(accepted, chunk), **common, "seed": seed + index * batch} for index, chunk in enumerate(calls)]
+
+
+def entries_of(name: str, given: Any, kinds: tuple[type, ...] = (str, dict)) -> list[Any]:
+    """What was given to be recorded, as a list of entries that all are of one of `kinds`; one entry stands for a list
+    of it, so that nobody's prompt is taken letter by letter. Raises RecordingError, naming the entry, for others."""
+    example = '["a red apple", "a blue boat"]' if kinds == (str,) else '[{"prompt": "a red apple"}]'
+    if isinstance(given, kinds):
+        return [given]
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping)):
+        raise RecordingError(f"{name} is of type {type(given).__name__}, expected a list such as {example}")
+    entries = list(given)
+    if not entries:
+        raise RecordingError(f"{name} is empty; give a list such as {example}, or leave it out")
+    kind = next((kind for kind in kinds if isinstance(entries[0], kind)), kinds[0])
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, kind):
+            raise RecordingError(
+                f"{name}[{number}] is {str(entry)[:40]!r} ({type(entry).__name__}); expected {kind.__name__} in "
+                f"every place, as in {example}"
+            )
+    return entries
 
 
 def needed_images(pipe: Any) -> list[str]:

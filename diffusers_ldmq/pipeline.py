@@ -81,9 +81,10 @@ class QuantizedLDMPipeline:
         Raises LDMQError; for a quantized checkpoint given what quantizes it says what to load instead.
         """
         request = Request.taken(kwargs, plan, target, inputs=inputs, settings=settings)
-        if request.inputs is None and os.fspath(model) == MODEL:
+        name, model = model, known(model)
+        if request.inputs is None and os.fspath(name) == MODEL:
             request = replace(request, inputs=demo_captions())
-        model, hub = known(model), {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
+        hub = {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
         refuse_unknown(model, kwargs, **hub)
         refuse_quantization_config(model, component_names(model, **hub), kwargs.get("quantization_config"))
         config = stored_config(model, **hub)
@@ -128,8 +129,7 @@ class QuantizedLDMPipeline:
         dtype that it does not have.
         """
         request = Request.taken(kwargs, plan, target, inputs=inputs, settings=settings)
-        base = cls._plain or getattr(pipe, "_plain", type(pipe))
-        made = assembled(base, pipe, kwargs)
+        made = assembled(cls._plain or getattr(pipe, "_plain", type(pipe)), pipe, kwargs)
         name, denoiser = find_denoiser(made)
         if not quantized_layers(denoiser):
             return _quantized(made, request)

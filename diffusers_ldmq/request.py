@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from .artifacts import Plan
-from .errors import LDMQError
-from .inputs import default_inputs
+from .errors import LDMQError, PlanError
+from .inputs import default_inputs, entries_of
 from .planners import PLANNERS
 from .progress import StageProgress
 from .settings import Settings
+from .specs import SCHEMES
 
 SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in ("plan", "target", "dtype"))
 """Keywords that are fields of Settings."""
@@ -36,27 +37,27 @@ class Request:
     @classmethod
     def taken(cls, kwargs: dict[str, Any], plan: Any, target: str | None, **given: Any) -> "Request":
         """Take what is ours out of `kwargs`; what is left is diffusers'. given: settings and inputs. Raises LDMQError
-        for a plan that is neither a planner nor a file."""
+        for a plan that is neither a planner nor a file, for inputs that are no list, and for what is no dtype."""
         asked = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS}
         prompts, torch_dtype = kwargs.pop("prompts", None), kwargs.pop("torch_dtype", None)
-        dtype = kwargs.pop("dtype", None) or torch_dtype
-        values = {"plan": plan, "target": target, **given, "prompts": prompts, **asked}
+        dtype, steps = _dtype(kwargs.pop("dtype", None) or torch_dtype), kwargs.pop("steps", None)
+        values = {"plan": plan, "target": target, **given, "prompts": prompts, "steps": steps, **asked}
         settings = _planned(replace(given["settings"] or Settings(), **asked), plan)
         single = dtype if isinstance(dtype, torch.dtype) else None
         return cls(
             settings=replace(settings, target=target or settings.target, dtype=single or settings.dtype),
-            inputs=prompts if given["inputs"] is None else given["inputs"],
+            inputs=_to_record(prompts, given["inputs"]),
             names=[name for name, value in values.items() if value is not None],
             dtype=dtype,
             device=kwargs.pop("device", None),
-            steps=kwargs.pop("steps", None),
+            steps=steps,
             progress=kwargs.pop("progress", None),
             cache=kwargs.pop("cache", True),
         )
 
     def calls(self, pipe: Any) -> list[dict[str, Any]]:
         """`__call__` arguments to record."""
-        if self.inputs is not None and not all(isinstance(entry, str) for entry in self.inputs):
+        if self.inputs is not None and not isinstance(self.inputs[0], str):
             return list(self.inputs)
         return default_inputs(pipe, self.inputs, steps=self.steps, seed=self.settings.seed)
 
@@ -69,13 +70,48 @@ class Request:
             )
 
 
-def _planned(settings: Settings, plan: str | os.PathLike[str] | Plan | None) -> Settings:
+def _to_record(prompts: Any, inputs: Any) -> list[Any] | None:
+    """Prompts, or dicts of arguments; None where neither is given."""
+    if prompts is not None and inputs is not None:
+        raise LDMQError("prompts and inputs are both given, and either says what to record; leave one out")
+    if inputs is not None:
+        return entries_of("inputs", inputs)
+    return None if prompts is None else entries_of("prompts", prompts, (str,))
+
+
+def _dtype(given: Any) -> Any:
+    """A dtype, or a dict of them, in which names of dtypes ('bfloat16') have become what they name."""
+    if isinstance(given, dict):
+        return {name: _dtype(value) for name, value in given.items()}
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if found is None and given is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise LDMQError(
+            f"dtype is {given!r}; expected a floating one such as torch.bfloat16, or its name, 'bfloat16'; left out, a "
+            f"checkpoint is loaded in the dtype that it was saved in, and a float model is quantized in float32"
+        )
+    return found
+
+
+def _planned(settings: Settings, plan: Any) -> Settings:
     """The settings with a plan, given as a planner's name, a file or the plan itself."""
     if plan is None:
         return settings
     if isinstance(plan, Plan):
         return replace(settings, plan=plan)
-    if not Path(plan).exists() and Path(plan).name == os.fspath(plan) and not Path(plan).suffix:
-        PLANNERS[os.fspath(plan)]  # refuses what is neither a planner nor looks like a file
-        return replace(settings, planner=os.fspath(plan))
-    return replace(settings, plan=Plan.load(plan))
+    if not isinstance(plan, (str, os.PathLike)):
+        raise PlanError(
+            f"plan is of type {type(plan).__name__}; expected a planner's name ({', '.join(PLANNERS)}), a Plan or "
+            f"the path of a plan.json; one scheme for all layers is plan='uniform' with scheme='w8a16', say"
+        )
+    text = os.fspath(plan)
+    if not Path(plan).exists() and Path(plan).name == text and not Path(plan).suffix:
+        if text in SCHEMES:
+            raise PlanError(
+                f"unknown planner {text!r}, which is a scheme: pass scheme={text!r}, with plan='uniform' for all "
+                f"layers; known planners: {', '.join(PLANNERS)}"
+            )
+        PLANNERS[text]  # refuses what is neither a planner nor looks like a file
+        return replace(settings, planner=text)
+    return replace(settings, plan=Plan.load(text))

@@ -65,6 +65,12 @@ def test_a_component_that_nobody_has_is_asked_for(pipe: Any) -> None:
         assembled(StableDiffusionControlNetPipeline, pipe, {})
 
 
+@pytest.mark.parametrize("what", [None, nn.Linear(1, 1)])
+def test_what_is_no_pipeline_is_refused(what: Any) -> None:
+    with pytest.raises(LDMQError, match=f"takes a pipeline, found {type(what).__name__}; a model alone is quantized"):
+        assembled(type(what), what, {})
+
+
 def test_a_shared_copy_has_the_same_memory_and_a_life_of_its_own() -> None:
     module: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     module.append(module[0])  # tied layers stay tied

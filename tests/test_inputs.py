@@ -127,3 +127,14 @@ def test_bad_input_lines_are_named(line: str, match: str, tmp_path: Path) -> Non
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
     with pytest.raises(RecordingError, match=match):
         read_inputs(path)
+
+
+def test_one_prompt_is_not_taken_letter_by_letter(make: Make) -> None:
+    calls = default_inputs(make("bundled"), "a red apple")
+    assert [call["prompt"] for call in calls] == [["a red apple"]]
+
+
+def test_prompts_that_are_none_are_refused(make: Make) -> None:
+    wrong: Any = ["one", None]
+    with pytest.raises(RecordingError, match=r"prompts\[1\] is 'None' .NoneType.; expected str"):
+        default_inputs(make("bundled"), wrong)

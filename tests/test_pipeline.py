@@ -207,6 +207,12 @@ def test_an_unknown_model_is_refused_without_a_download(model: str, match: str) 
         load_pipeline(model)
 
 
+@pytest.mark.parametrize("model", [None, 5])
+def test_a_model_that_is_neither_folder_nor_hub_id_is_refused(model: Any) -> None:
+    with pytest.raises(LDMQError, match=f"the model is of type {type(model).__name__}, .*a pipeline in memory is for"):
+        QuantizedLDMPipeline.from_pretrained(model)
+
+
 def test_folders_that_are_no_pipeline_are_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(LDMQError, match="is no diffusers pipeline folder"):
         load_pipeline(tmp_path)
@@ -329,6 +335,11 @@ def test_what_quantizes_is_refused_for_a_quantized_pipeline(quantized_sd: Any) -
     with pytest.raises(LDMQError, match=r"is quantized at torch\.float32 and cannot be cast; load its checkpoint with"):
         QuantizedLDMPipeline.from_pipe(quantized_sd, dtype=torch.bfloat16)
     assert QuantizedLDMPipeline.from_pipe(quantized_sd, dtype=torch.float32).unet is quantized_sd.unet
+
+
+def test_a_model_in_place_of_a_pipeline_is_refused(quantized_sd: Any) -> None:
+    with pytest.raises(LDMQError, match="from_pipe takes a pipeline, found UNet2DConditionModel"):
+        QuantizedLDMPipeline.from_pipe(quantized_sd.unet)
 
 
 def test_components_given_to_from_pipe_are_checked_by_name(quantized_sd: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_pipelines import MAKERS
 
-from diffusers_ldmq import make_plan
+from diffusers_ldmq import LDMQConfig, make_plan
 from diffusers_ldmq.errors import LDMQError, PlanError
 from diffusers_ldmq.families import layer_table
 from diffusers_ldmq.request import Request
@@ -33,6 +33,7 @@ def test_what_only_quantizing_has_a_use_for_is_named() -> None:
     request, _ = taken("hybrid", "sqnr>=30dB", prompts=["red apple"], seed=1, settings=Settings())
     assert sorted(request.names) == ["plan", "prompts", "seed", "settings", "target"]
     assert taken(inputs=["red apple"])[0].names == ["inputs"]
+    assert taken(steps=4, progress=print)[0].names == ["steps"]
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
@@ -60,6 +61,58 @@ def test_a_plan_is_a_planner_a_file_or_itself(tmp_path: Path) -> None:
         taken("best")
     with pytest.raises(PlanError, match="no such file"):
         taken("absent.json")
+
+
+def test_a_dtype_may_be_given_by_its_name() -> None:
+    asked: Any = {"dtype": "bfloat16"}
+    assert taken(**asked)[0].settings.dtype == torch.bfloat16
+    named: Any = {"torch_dtype": {"unet": "float16", "default": torch.float32}}
+    assert taken(**named)[0].dtype == {"unet": torch.float16, "default": torch.float32}
+
+
+@pytest.mark.parametrize("wrong", ["bf16", "auto", "int8", "nn", torch.int8, 16])
+def test_what_is_no_floating_dtype_is_refused(wrong: Any) -> None:
+    with pytest.raises(LDMQError, match=r"dtype is .*expected a floating one such as torch\.bfloat16, or its name"):
+        taken(**{"dtype": wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"mid_block": "w8a16"}, LDMQConfig("w8a16"), 5])
+def test_what_is_no_plan_is_named_with_what_is_one(wrong: Any) -> None:
+    message = f"plan is of type {type(wrong).__name__}; expected a planner's name .*hybrid.* a Plan or the path"
+    with pytest.raises(PlanError, match=message):
+        taken(wrong)
+
+
+def test_a_scheme_in_a_planners_place_is_told_where_it_belongs() -> None:
+    with pytest.raises(PlanError, match="unknown planner 'w8a16', which is a scheme: pass scheme='w8a16'"):
+        taken("w8a16")
+
+
+def test_one_prompt_or_call_stands_for_a_list_of_it() -> None:
+    calls = taken(prompts="a red apple")[0].calls(MAKERS["sd"]())
+    assert [call["prompt"] for call in calls] == [["a red apple"]]
+    assert taken(inputs="a red apple")[0].inputs == ["a red apple"]
+    assert taken(inputs={"prompt": "a red apple"})[0].inputs == [{"prompt": "a red apple"}]
+    assert taken(prompts=(word for word in ("one", "two")))[0].inputs == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"prompts": [1, 2]}, r"prompts\[0\] is '1' \(int\); expected str in every place, as in \[\"a red apple"),
+        ({"prompts": 5}, r"prompts is of type int, expected a list such as \[\"a red apple"),
+        ({"prompts": {"prompt": "one"}}, "prompts is of type dict, expected a list"),
+        ({"prompts": []}, "prompts is empty; give a list"),
+        ({"inputs": []}, "inputs is empty; give a list"),
+        ({"inputs": ["one", {"prompt": "two"}]}, r"inputs\[1\] is .*dict\); expected str in every place"),
+        ({"inputs": [{"prompt": "two"}, "one"]}, r"inputs\[1\] is 'one' \(str\); expected dict in every place"),
+        ({"inputs": b"one"}, "inputs is of type bytes, expected a list"),
+        ({"inputs": ["one"], "prompts": ["two"]}, "prompts and inputs are both given"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_with_what_can(given: dict[str, Any], match: str) -> None:
+    with pytest.raises(LDMQError, match=match):
+        taken(**given)
 
 
 def test_prompts_become_calls_of_the_pipeline_and_arguments_stay() -> None:
