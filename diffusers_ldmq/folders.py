@@ -1,7 +1,7 @@
 """Pipelines on disk: any diffusers pipeline loaded in one line or refused in one, a quantized one saved completely."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from .checkpoints import SIDE_FILES, known
 from .companions import recast, refuse_unsavable
-from .errors import LDMQError
-from .families import find_denoiser
+from .errors import LDMQError, RecordingError
+from .families import find_denoiser, uncompiled
+from .fusing import is_fused
 from .hub_errors import HUB_ERRORS, hub_refusal
 from .job import forget_path
+from .layers import quantized_layers
 from .output import folder_beside
 from .quantization import STORAGE_DTYPE, stored
 from .serialization import write_json
@@ -80,11 +82,26 @@ def save_pipeline(
 
 def write_side_files(folder: Path, source: Any) -> None:
     """Plan, report and profile, attributes of `source`, as JSON files in an existing folder; what is None is left
-    out."""
+    out, and removed where an earlier model left it."""
     for name in SIDE_FILES:
         artifact = getattr(source, name)
         if artifact is not None:
             write_json(folder / f"{name}.json", artifact)
+        else:
+            (folder / f"{name}.json").unlink(missing_ok=True)
+
+
+def still_true(pipe: Any, artifacts: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a pipeline's plan, report and profile that speak of its denoiser as it is now."""
+    try:
+        plan, denoiser = artifacts.get("plan"), find_denoiser(pipe)[1]
+    except RecordingError:  # it was taken out of the pipeline
+        return {}
+    # inside an adapter layer a layer goes by another name
+    now = {name.removesuffix(".base_layer"): layer for name, layer in quantized_layers(denoiser).items()}
+    if not now or (plan is not None and plan.quantized() != {name: layer.scheme.name for name, layer in now.items()}):
+        return {}
+    return {name: value for name, value in artifacts.items() if name != "report" or not is_fused(denoiser)}
 
 
 @contextmanager
@@ -97,7 +114,7 @@ def as_saved(pipe: Any) -> Iterator[None]:
     between models loaded in fp32 cannot be sampled from.
     """
     refuse_unsavable(pipe)
-    configured = [part for part in pipe.components.values() if isinstance(part, ConfigMixin)]
+    configured = [part for part in _parts(pipe) if isinstance(part, ConfigMixin)]
     configs = [part._internal_dict for part in configured]
     changed = list(_better_dtypes(pipe))
     try:
@@ -113,9 +130,14 @@ def as_saved(pipe: Any) -> Iterator[None]:
             recast(model, dtype)
 
 
+def _parts(pipe: Any) -> list[Any]:
+    """The components, of compiled ones what is inside: that is what diffusers saves."""
+    return [uncompiled(component) for component in pipe.components.values()]
+
+
 def _better_dtypes(pipe: Any) -> Iterator[tuple[Any, torch.dtype, torch.dtype]]:
     """(model, its dtype, the one to save it in) where these differ."""
-    for model in pipe.components.values():
+    for model in _parts(pipe):
         quantized = getattr(model, "is_quantized", False) and not isinstance(model, PreTrainedModel)
         if not isinstance(model, nn.Module) or quantized:
             continue

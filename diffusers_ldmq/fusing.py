@@ -29,13 +29,23 @@ KEPT = "_ldmq_unfused"
 """Attribute of an adapter layer with fused adapters: what its base layer held before (Unfused)."""
 
 
+FUSED = "_ldmq_fused"
+"""Attribute, True, of a base layer that holds adapters; it stays when its adapter layer is dropped."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Unfused:
-    """What a base layer held before its first adapter was fused (a float layer: its parameters by name), and the scale
-    that each adapter was fused with."""
+    """What a base layer held before its first adapter was fused (a float layer: its parameters by name), the scale
+    that each adapter was fused with, and whether that held adapters already, of an adapter layer that was dropped."""
 
     held: Held
     scales: dict[str, float]
+    is_fused: bool = False
+
+
+def is_fused(model: nn.Module) -> bool:
+    """True if some layer of the model holds adapters, so that it is another model than was quantized."""
+    return any(getattr(module, FUSED, False) for module in model.modules())
 
 
 def is_fusible(layer: Any) -> bool:
@@ -84,7 +94,7 @@ def fuse(layer: Any, now: Held, scales: dict[str, float], safe: bool, dtype: tor
     now: what the base layer holds; scales: of these adapters, by name; dtype: of a low-rank branch where the base layer
     has no floating tensor. Raises LDMQError, ValueError or RuntimeError (peft's own) if they cannot be merged.
     """
-    kept = vars(layer).get(KEPT) or Unfused(now, {})
+    kept = vars(layer).get(KEPT) or Unfused(now, {}, getattr(layer.base_layer, FUSED, False))
     if isinstance(now, LayerState):
         # from the original codes, unless an adapter in them was deleted meanwhile
         intact = kept.scales.keys() <= set(layer._all_available_adapter_names())
@@ -95,7 +105,7 @@ def fuse(layer: Any, now: Held, scales: dict[str, float], safe: bool, dtype: tor
         with _lent(layer, layer.base_layer, scales):
             layer.merge(safe_merge=safe, adapter_names=list(scales))
     layer.merged_adapters = [*layer.merged_adapters, *scales]
-    _keep(layer, Unfused(kept.held, kept.scales | scales))
+    _keep(layer, replace(kept, scales=kept.scales | scales))
 
 
 def unfuse(layer: Any) -> None:
@@ -114,10 +124,12 @@ def restore(layer: Any, held: Held, kept: Unfused | None) -> None:
 def _keep(layer: Any, kept: Unfused | None) -> None:
     """Make the adapter layer remember, and undo fusing by remembering: diffusers' pipelines, peft, and the forward of
     a layer whose adapters were disabled all call its `unmerge`."""
-    for name in (KEPT, "unmerge"):
-        vars(layer).pop(name, None)
+    before = vars(layer).pop(KEPT, None)
+    vars(layer).pop("unmerge", None)
     if kept is not None:
         vars(layer).update({KEPT: kept, "unmerge": partial(unfuse, layer)})
+    if kept is not None or before is not None:
+        vars(layer.base_layer)[FUSED] = kept is not None or before.is_fused
 
 
 def _fused(layer: Any, start: LayerState, adapters: dict[str, float], dtype: torch.dtype) -> LayerState:

@@ -15,7 +15,7 @@ from .calls import Recording
 from .closed_loop import Job
 from .companions import companions, quantize_companions, recast, refuse_upcast
 from .errors import LDMQError, PlanError, RecordingError
-from .families import find_denoiser, layer_table
+from .families import find_denoiser, layer_table, refuse_compiled
 from .planners import Target, candidates, fp32_bytes, parse_target, plan_bytes
 from .planning import kept_layers
 from .plugin import attach
@@ -50,6 +50,7 @@ def quantize_pipeline(
     settings = settings or Settings()
     told: Progress = progress or (lambda stage, done, whole: None)
     name, denoiser = find_denoiser(pipe)
+    refuse_compiled(pipe)
     refuse_unfit(denoiser)
     target = parse_target(settings.target) if settings.target else None
     table = layer_table(denoiser)

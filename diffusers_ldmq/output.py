@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from safetensors import SafetensorError
 
@@ -41,6 +41,35 @@ def folder_beside(folder: str | os.PathLike[str], *, overwrite: bool = False) ->
         raise OutputError(f"{folder}: could not be written ({_reason(cause)}); nothing was changed") from cause
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def folder_into(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write into what is to be in `folder`, where other files stay and those of the same names are
+    replaced. What is absent or empty is filled when the context ends without an error, or stays as it was; a folder
+    with files is written in directly.
+
+    Raises OutputError for a file or an unwritable place, and when writing fails.
+    """
+    folder = Path(folder).absolute()
+    if not folder.exists():
+        with folder_beside(folder) as beside:
+            yield beside
+        return
+    refuse_folder(folder, overwrite=True)
+    try:
+        if any(folder.iterdir()):
+            yield folder
+            return
+        # inside, because the folder itself may be a mount point, a link or somebody's working directory
+        with TemporaryDirectory(prefix=".partial-", dir=folder) as inside:
+            yield Path(inside)
+            for path in list(Path(inside).iterdir()):
+                path.rename(folder / path.name)
+    except (OSError, SafetensorError) as cause:
+        raise OutputError(
+            f"{folder}: could not be written ({_reason(cause)}); if it held a pipeline before, save it again"
+        ) from cause
 
 
 def _refuse_parent(path: Path) -> None:

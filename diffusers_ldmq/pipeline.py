@@ -2,10 +2,11 @@
 pipeline."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,10 +29,11 @@ from .companions import loading_options
 from .components import assembled, refuse_quantization_config, shared_copy
 from .demo import MODEL, demo_captions
 from .errors import LDMQError
-from .families import find_denoiser
-from .folders import as_saved, denoiser_loader, load_pipeline, save_pipeline, write_side_files
+from .families import find_denoiser, refuse_compiled, uncompiled
+from .folders import as_saved, denoiser_loader, load_pipeline, save_pipeline, still_true, write_side_files
 from .job import Outcome, Settings, quantize_pipeline, settle
 from .layers import quantized_layers
+from .output import folder_into
 from .request import Request
 
 __all__ = [
@@ -48,14 +50,26 @@ __all__ = [
 class QuantizedLDMPipeline:
     """A mixin over the loaded pipeline's own class: `isinstance` holds for both, everything else is the pipeline's.
 
-    Made by `from_pretrained` and `from_pipe` only. plan, report, profile: what was decided and measured (None where not
-    stored).
+    Made by `from_pretrained` and `from_pipe` only.
     """
 
-    plan: Plan | None = None
-    report: Report | None = None
-    profile: Profile | None = None
+    _artifacts: Mapping[str, Any] = MappingProxyType({})
     _plain: Any = None  # the pipeline class that a built one is made over
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was decided; None where not stored, or where the denoiser's layers are others by now (dequantized)."""
+        return still_true(self, self._artifacts).get("plan")
+
+    @property
+    def report(self) -> Report | None:
+        """What was measured; None as for `plan`, and where a LoRA was fused into the layers since."""
+        return still_true(self, self._artifacts).get("report")
+
+    @property
+    def profile(self) -> Profile | None:
+        """The noise of every layer before it was decided; None as for `plan`."""
+        return still_true(self, self._artifacts).get("profile")
 
     @classmethod
     def from_pretrained(
@@ -144,21 +158,22 @@ class QuantizedLDMPipeline:
                 f"the given {type(pipe).__name__}'s {name} is quantized at {now} and cannot be cast; load its "
                 f"checkpoint with dtype={request.dtype} instead"
             )
-        same = denoiser is pipe.components.get(name)
+        same = denoiser is uncompiled(pipe.components.get(name))
         return _dressed(made, **{name: getattr(pipe, name, None) for name in SIDE_FILES if same})
 
     def save_pretrained(self, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As the pipeline's own, plus plan.json, report.json and profile.json. Plain diffusers opens the folder.
+        """As the pipeline's own, plus plan.json, report.json and profile.json where they still are of this model. Plain
+        diffusers opens the folder. Raises OutputError where it cannot be written.
 
         push_to_hub=True: also push it, under `repo_id` or the folder's name, with the keywords of `push_to_hub`.
         """
         pushed = None
         if kwargs.pop("push_to_hub", False):
             pushed = {name: kwargs.pop(name) for name in list(kwargs) if name not in SAVING_OPTIONS}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_side_files(Path(folder), self)
-        with as_saved(self):
-            super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        with folder_into(folder) as place:
+            with as_saved(self):
+                super().save_pretrained(place, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            write_side_files(place, self)
         if pushed is not None:
             self._push(pushed.pop("repo_id", Path(folder).resolve().name), pushed, folder)
 
@@ -200,8 +215,7 @@ def _quantized_class(base: type) -> type:
 
 def _dressed(pipe: Any, **artifacts: Any) -> Any:
     pipe.__class__ = _quantized_class(type(pipe))
-    for name, artifact in artifacts.items():
-        object.__setattr__(pipe, name, artifact)
+    object.__setattr__(pipe, "_artifacts", {name: value for name, value in artifacts.items() if value is not None})
     return pipe
 
 
@@ -236,6 +250,7 @@ def _computed(model: str, request: Request, options: dict[str, Any]) -> Any:
 def _quantized(pipe: Any, request: Request) -> Any:
     """`pipe`, which is ours but shares its components, with a quantized denoiser of its own."""
     request.refuse_dtype()
+    refuse_compiled(pipe)
     name, denoiser = find_denoiser(pipe)
     cast = pipe.components if request.settings.dtype else [name]
     models = {n: c for n, c in pipe.components.items() if n in cast and isinstance(c, torch.nn.Module)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffusers_ldmq.affine import weight_codes
 from diffusers_ldmq.calibration import layer_state
 from diffusers_ldmq.errors import LDMQError
-from diffusers_ldmq.fusing import KEPT, fuse, held_by, is_fusible, to_fuse, unfuse
+from diffusers_ldmq.fusing import KEPT, fuse, held_by, is_fused, is_fusible, to_fuse, unfuse
 from diffusers_ldmq.layers import QuantizedLayer, quantize_layer
 from diffusers_ldmq.metrics import sqnr
 from diffusers_ldmq.observers import OBSERVERS
@@ -193,6 +193,21 @@ def test_fusing_twice_the_same_adapter_adds_it_once() -> None:
     once = tensors(base)
     assert not _chosen(adapter)
     assert same(tensors(base), once)
+
+
+def test_a_layer_is_known_to_hold_adapters_until_it_holds_what_was_quantized(kind: str) -> None:
+    _, base, _ = made(kind, "w8a8")
+    layer = adapted(base, "one")
+    assert not is_fused(layer)
+    fuse_all(layer, "one")
+    assert is_fused(layer)
+    unfuse(layer)
+    assert not is_fused(layer)
+    fuse_all(layer, "one")
+    later = adapted(base, "two")  # the first was dropped, as diffusers unloads
+    fuse_all(later, "two")
+    unfuse(later)
+    assert is_fused(base)
 
 
 def _chosen(adapter: Any) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_ldmq.errors import OutputError
-from diffusers_ldmq.output import folder_beside, refuse_folder
+from diffusers_ldmq.output import folder_beside, folder_into, refuse_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -120,3 +120,61 @@ def test_a_real_save_that_runs_out_of_space_leaves_the_old_folder(tmp_path: Path
     assert "nothing was changed" in done.stderr
     assert names(tmp_path) == ["out"]
     assert names(out) == ["old.txt"]
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "empty"])
+def test_a_new_or_empty_folder_is_filled_at_once_or_stays_as_it_was(existing: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    if existing:
+        out.mkdir()
+
+    def interrupted() -> None:
+        with folder_into(out) as place:
+            (place / "half.txt").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert names(tmp_path) == (["out"] if existing else [])
+    assert not existing or names(out) == []
+    with folder_into(out) as place:
+        (place / "part").mkdir()
+        (place / "part" / "new.txt").write_text("new")
+        assert not (out / "part").exists()
+    assert (out / "part" / "new.txt").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+    assert names(out) == ["part"]
+
+
+def test_an_empty_folder_stays_the_folder_that_it_was(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    before = (tmp_path / "real").stat().st_ino
+    with folder_into(tmp_path / "link") as place:
+        (place / "new.txt").write_text("new")
+    assert names(tmp_path / "real") == ["new.txt"]
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").stat().st_ino == before
+
+
+def test_a_folder_with_files_keeps_those_of_other_names(tmp_path: Path) -> None:
+    out = filled(tmp_path / "out")
+    with folder_into(out) as place:
+        (place / "new.txt").write_text("new")
+    assert names(out) == ["new.txt", "old.txt"]
+
+
+def test_places_that_cannot_be_written_into_are_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: is a file, a folder is expected"), folder_into(tmp_path / "file"):
+        pass
+    below = tmp_path / "file" / "out"
+    with pytest.raises(OutputError, match="out: cannot be created, .*is not a writable folder"), folder_into(below):
+        pass
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "with files"])
+def test_no_space_while_writing_into_a_folder_is_one_line(existing: bool, tmp_path: Path) -> None:
+    out = filled(tmp_path / "out") if existing else tmp_path / "out"
+    with pytest.raises(OutputError, match=r"could not be written \(no space left on the disk\)"), folder_into(out):
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -250,6 +250,71 @@ def test_a_stored_config_is_found_only_in_checkpoints_of_ours(quantized_pixel: P
     assert stored_config(float_folder) is None
 
 
+def test_a_dequantized_pipeline_shows_and_saves_no_plan(quantized_pixel: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    pipe.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "report.json").exists()
+    pipe.unet.dequantize()
+    assert (pipe.plan, pipe.report, pipe.profile) == (None, None, None)
+    pipe.save_pretrained(tmp_path / "model")  # over what it was
+    assert [path.name for path in (tmp_path / "model").glob("*.json")] == ["model_index.json"]
+    assert stored_config(tmp_path / "model") is None
+
+
+def test_a_plan_of_other_schemes_than_the_layers_have_is_not_shown(quantized_pixel: Path, float_folder: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    other = load_pipeline(float_folder)
+    pipe.unet = QuantizedLDMPipeline.from_pipe(other, "uniform", scheme="w8a16", steps=2).unet
+    assert (pipe.plan, pipe.report) == (None, None)
+    pipe.unet = None  # to free its memory, say
+    assert pipe.plan is None
+
+
+def test_what_was_measured_before_a_lora_was_fused_is_not_said_of_the_sum(quantized_sd: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    pipe = deepcopy(quantized_sd)
+    pipe.save_pretrained(tmp_path / "model")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+    assert pipe.plan == quantized_sd.plan  # attached, its layers are what they were
+    pipe.fuse_lora()
+    assert pipe.report is None
+    pipe.unfuse_lora()
+    assert pipe.report == quantized_sd.report
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert pipe.report is None
+    assert pipe.plan == quantized_sd.plan
+    assert QuantizedLDMPipeline.from_pipe(pipe).report is None
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = QuantizedLDMPipeline.from_pretrained(tmp_path / "model")
+    assert loaded.report is None
+    assert loaded.plan == quantized_sd.plan
+
+
+def test_save_pretrained_ends_in_one_line_where_it_cannot_write(quantized_pixel: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="file: is a file, a folder is expected"):
+        pipe.save_pretrained(tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot be created, .*file is not a writable folder"):
+        pipe.save_pretrained(tmp_path / "file" / "model")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_saving_that_is_interrupted_leaves_nothing(quantized_pixel: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+
+    class Stopping(type(pipe.scheduler)):
+        def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    pipe.scheduler = Stopping.from_config(pipe.scheduler.config)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_never_touches_a_folder_with_content_unless_asked(quantized_pixel: Path, tmp_path: Path) -> None:
     pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
     (tmp_path / "mine.txt").write_text("mine")

@@ -21,8 +21,9 @@ for _family in (unet.FAMILY, transformer.FAMILY):
 
 
 def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    """(component name, module) of the pipeline's denoiser. Raises RecordingError if there is none we know."""
-    components: dict[str, Any] = dict(pipe.components)
+    """(component name, module) of the pipeline's denoiser, of a compiled one the module inside. Raises RecordingError
+    if there is none we know."""
+    components = {name: uncompiled(component) for name, component in pipe.components.items()}
     for _, family in FAMILIES.items():
         for name in family.components:
             module = components.get(name)
@@ -33,6 +34,21 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
         f"{type(pipe).__name__} has no denoiser that can be quantized; its models are {found or 'none'}, "
         f"known denoisers are {sorted({c for _, f in FAMILIES.items() for c in f.classes})}"
     )
+
+
+def uncompiled(component: Any) -> Any:
+    """What torch.compile wrapped, or the component itself."""
+    return getattr(component, "_orig_mod", component) if isinstance(component, nn.Module) else component
+
+
+def refuse_compiled(pipe: Any) -> None:
+    """Raise RecordingError if the pipeline's denoiser is compiled, for what replaces its layers."""
+    name, denoiser = find_denoiser(pipe)
+    if pipe.components[name] is not denoiser:
+        raise RecordingError(
+            f"the {name} is compiled by torch.compile: quantize first and compile the quantized one afterwards (the "
+            f"model inside is pipe.{name}._orig_mod)"
+        )
 
 
 def family_of(denoiser: nn.Module) -> Family:
