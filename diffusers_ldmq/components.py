@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from torch import nn
 
 from .errors import LDMQError
-from .families import FAMILIES
+from .families import FAMILIES, uncompiled
 
 
 def assembled(base: Any, pipe: Any, given: dict[str, Any]) -> Any:
@@ -44,13 +44,16 @@ def assembled(base: Any, pipe: Any, given: dict[str, Any]) -> Any:
     # options that a class does not know are kept as private ones, as diffusers does, for the way back
     options = {name: given.get(name, config.get(name, config.get(f"_{name}"))) for name in optional}
     made = base(
-        **{name: parts[name] for name in expected if name in parts},
+        **{name: uncompiled(parts[name]) for name in expected if name in parts},
         **{name: value for name, value in options.items() if value is not None},
     )
     rest = {
         f"_{name.removeprefix('_')}": value for name, value in config.items() if name.removeprefix("_") not in options
     }
     made.register_to_config(**rest)
+    for name in expected:  # only now, because pipelines are made of what has a truth value
+        if uncompiled(parts.get(name)) is not parts.get(name):
+            setattr(made, name, parts[name])
     return made
 
 

@@ -253,7 +253,7 @@ def _quantized(pipe: Any, request: Request) -> Any:
     refuse_compiled(pipe)
     name, denoiser = find_denoiser(pipe)
     cast = pipe.components if request.settings.dtype else [name]
-    models = {n: c for n, c in pipe.components.items() if n in cast and isinstance(c, torch.nn.Module)}
+    models = {n: uncompiled(c) for n, c in pipe.components.items() if n in cast and isinstance(c, torch.nn.Module)}
     pipe.register_modules(**{n: shared_copy(model) for n, model in models.items()})
     outcome = quantize_pipeline(
         pipe,

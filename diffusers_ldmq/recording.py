@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .calls import Call, Recording, evaluating, flatten, tensor_key
 from .errors import LDMQError, RecordingError
-from .families import find_denoiser
+from .families import find_denoiser, refuse_compiled
 from .progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,12 @@ def record_calls(
     An entry's 'seed' (default: counts up from `seed`, past those that other entries have) seeds the noise of its
     images. With selection 'first-step' the calibrating runs end after the first step.
 
-    Raises RecordingError if the pipeline has no known denoiser, an argument cannot be recorded, or the denoiser's
-    output holds NaN or Inf.
+    Raises RecordingError if the pipeline has no known denoiser or a compiled one, an argument cannot be recorded, or
+    the denoiser's output holds NaN or Inf.
     """
     if not inputs:
         raise RecordingError("no inputs to record; pass at least one dict of the pipeline's __call__ arguments")
+    refuse_compiled(pipe)
     _, denoiser = find_denoiser(pipe)
     jobs = _deal(list(inputs), seed)
     recorder = _Recorder(denoiser)

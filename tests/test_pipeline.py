@@ -26,9 +26,10 @@ from diffusers_ldmq.checkpoints import stored_config
 from diffusers_ldmq.demo import demo_model
 from diffusers_ldmq.errors import LDMQError, OutputError, PlanError, RecordingError
 from diffusers_ldmq.families import layer_table
-from diffusers_ldmq.job import Settings
+from diffusers_ldmq.job import Settings, quantize_pipeline
 from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.pipeline import load_pipeline, save_pipeline
+from diffusers_ldmq.recording import record_calls
 
 Make = Callable[[str], Any]
 
@@ -405,6 +406,40 @@ def test_what_quantizes_is_refused_for_a_quantized_pipeline(quantized_sd: Any) -
 def test_a_model_in_place_of_a_pipeline_is_refused(quantized_sd: Any) -> None:
     with pytest.raises(LDMQError, match="from_pipe takes a pipeline, found UNet2DConditionModel"):
         QuantizedLDMPipeline.from_pipe(quantized_sd.unet)
+
+
+def test_a_compiled_quantized_pipeline_is_shared_and_saved(float_sd: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(float_sd, "uniform", inputs=INPUTS["sd"])
+    plan, pictured = pipe.plan, draw(pipe, "sd")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    shared = QuantizedLDMPipeline.from_pipe(pipe)
+    assert shared.unet is pipe.unet
+    assert shared.plan == pipe.plan == plan
+    with pytest.raises(LDMQError, match="is quantized already; leave plan out"):
+        QuantizedLDMPipeline.from_pipe(pipe, "uniform")
+    shared.save_pretrained(tmp_path / "model")
+    for config in (tmp_path / "model").glob("*/config.json"):
+        assert str(float_sd) not in config.read_text()
+    loaded = QuantizedLDMPipeline.from_pretrained(tmp_path / "model")
+    assert loaded.plan == plan
+    assert torch.equal(draw(loaded, "sd"), pictured)
+
+
+def test_a_compiled_float_pipeline_is_quantized_before_it_is_compiled() -> None:
+    pipe = MAKERS["sd"]()
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    quantized = QuantizedLDMPipeline.from_pipe(pipe, "uniform", inputs=INPUTS["sd"], dtype=torch.bfloat16)
+    assert quantized.vae.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    message = r"the unet is compiled by torch\.compile: quantize first and compile .* is pipe\.unet\._orig_mod"
+    with pytest.raises(LDMQError, match=message):
+        QuantizedLDMPipeline.from_pipe(pipe, "uniform", inputs=INPUTS["sd"])
+    with pytest.raises(LDMQError, match=message):
+        quantize_pipeline(pipe, INPUTS["sd"], Settings(planner="uniform"))
+    with pytest.raises(RecordingError, match=message):
+        record_calls(pipe, INPUTS["sd"])
 
 
 def test_components_given_to_from_pipe_are_checked_by_name(quantized_sd: Any) -> None:
