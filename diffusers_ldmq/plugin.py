@@ -30,6 +30,9 @@ class LDMQQuantizer(DiffusersQuantizer):
     """Loads our checkpoints strictly: every tensor that the manifest names, at its dtype and shape, and no other.
     Float models it quantizes layer by layer as their tensors arrive, so that both are never in memory at once."""
 
+    use_keep_in_fp32_modules = True
+    """diffusers is to honour a class's list of modules that stay fp32 whatever dtype is asked for."""
+
     def __init__(self, quantization_config: LDMQConfig, **kwargs: Any) -> None:
         config = LDMQConfig(**quantization_config.to_dict())  # never share or change the caller's object
         super().__init__(config, **kwargs)
@@ -56,8 +59,13 @@ class LDMQQuantizer(DiffusersQuantizer):
                 "device_map puts parts of the model on disk, where diffusers would write them unquantized and cast; "
                 "leave them on 'cpu', or give more max_memory"
             )
-        if _flashpack_is_asked_for():
+        if _caller_has("use_flashpack"):
             raise LDMQError("use_flashpack=True skips quantizing altogether; load safetensors files instead")
+        if self.pre_quantized and _caller_has("quantization_config"):
+            raise LDMQError(
+                "this checkpoint is quantized already, as its config.json says; leave quantization_config out to load "
+                "it, or give the original float model to quantize anew"
+            )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         self.loaded_keys = list(loaded_keys)
@@ -70,6 +78,8 @@ class LDMQQuantizer(DiffusersQuantizer):
             check_keys(model.state_dict(), found, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         else:
             self.wanted = schemes_of(self.config.plan, model, self.config.modules_to_not_convert)
+            kept = set(kwargs.get("keep_in_fp32_modules") or ())
+            self.wanted = {name: scheme for name, scheme in self.wanted.items() if not kept & set(name.split("."))}
             missing = sorted(set(model.state_dict()) - set(found))
             if missing:
                 raise CheckpointError(
@@ -142,8 +152,11 @@ class LDMQQuantizer(DiffusersQuantizer):
         return {name: stored(name, value) for name, value in state_dict.items()}, {}
 
     def _dequantize(self, model: Any) -> Any:
-        for name, layer in quantized_layers(model).items():
-            replace_layer(model, name, layer.dequantize())
+        layers = quantized_layers(model)
+        biases = (layer.bias for layer in layers.values())
+        dtype = next((bias.dtype for bias in biases if isinstance(bias, Tensor)), model.dtype)
+        for name, layer in layers.items():
+            replace_layer(model, name, layer.dequantize(dtype))
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model._internal_dict)(config)
         unguard(model)
@@ -198,6 +211,7 @@ def _empty_like(layer: nn.Module) -> QuantizedLayer:
     return new
 
 
-def _flashpack_is_asked_for() -> bool:
-    """diffusers tells quantizers nothing of use_flashpack, which skips them: the model would stay float in silence."""
-    return bool(sys._getframe(2).f_locals.get("use_flashpack"))
+def _caller_has(argument: str) -> bool:
+    """Whether from_pretrained was given this argument. diffusers does not tell quantizers of use_flashpack, which skips
+    them, nor of a quantization_config for a quantized checkpoint, which it drops: both would go wrong in silence."""
+    return bool(sys._getframe(2).f_locals.get(argument))

@@ -70,7 +70,7 @@ def adapted(found: nn.Module, targets: list[str], seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for name, value in found.named_parameters():
         if ".lora_" in name:
-            value.data.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+            value.data.copy_(torch.randn(value.shape, generator=generator) * 0.05)
     return found
 
 
@@ -103,7 +103,7 @@ def test_the_file_is_as_small_as_the_scheme(kind: str, scheme: str, tmp_path: Pa
     own = sum(expected_bytes(layer) for layer in quantized_layers(quantized).values())
     rest = quantized.num_parameters() - float_weights(quantized)
     buffers = sum(b.numel() for b in model(kind).float().state_dict().values()) - quantized.num_parameters()
-    assert tensor_bytes(tmp_path) == own + 2 * (rest + buffers)  # the rest in 16 bits
+    assert tensor_bytes(tmp_path) == own + 2 * rest + 4 * buffers  # the rest in 16 bits; position tables as they are
     assert tensor_bytes(tmp_path) < 0.5 * tensor_bytes(model(kind).folder)
 
 
@@ -176,7 +176,7 @@ def test_a_lora_changes_the_output_as_it_changes_the_float_models(kind: str, wha
     assert {"Conv2d" if isinstance(base, nn.Conv2d) else "Linear" for base in bases} == {what}
     output = model(kind).call(found)
     reference = model(kind).call(adapted(model(kind).float(), targets))
-    assert sqnr(plain, output) < 40
+    assert sqnr(plain, output) < 60
     assert sqnr(reference, output) >= LEAST_DB[scheme] - 5
 
 
@@ -199,7 +199,7 @@ def test_saved_in_shards_and_loaded_it_gives_the_same_bits(kind: str, scheme: st
 @every_scheme
 @every_model
 def test_the_config_says_what_was_quantized_in_json(kind: str, scheme: str) -> None:
-    config = shared(kind, scheme).config["quantization_config"]
+    config = model(kind).quantized(scheme).config["quantization_config"]  # saving turns it into a dict
     assert json.loads(json.dumps(config.to_dict())) == config.to_diff_dict()
     assert json.loads(config.to_json_string())["quant_method"] == "ldmq"
     assert {entry["scheme"] for entry in config.layers.values()} == {scheme}
@@ -278,8 +278,9 @@ def test_dequantized_it_is_a_float_model_in_every_respect(
     found.save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert tensor_bytes(tmp_path) == tensor_bytes(model(kind).folder) * dtype.itemsize // 4
-    again = model(kind).kind.from_pretrained(tmp_path, torch_dtype=dtype)
-    assert torch.equal(model(kind).call(again), model(kind).call(found))
+    again, held = model(kind).kind.from_pretrained(tmp_path, torch_dtype=dtype).state_dict(), found.state_dict()
+    assert again.keys() == held.keys()
+    assert all(torch.equal(again[name], held[name]) for name in held)
     found.to(torch.float64)  # a float model may be cast
 
 
@@ -321,24 +322,23 @@ def test_a_lora_step_lowers_the_loss(kind: str, scheme: str) -> None:
     trained = [p for name, p in found.named_parameters() if ".lora_" in name]
     assert trained
     assert all(p.requires_grad for p in trained)
-    target = float_output(kind) + 0.1
-    losses = []
-    for step in range(3):
-        output = found(**model(kind).cast(found), return_dict=False)[0]
-        loss = (output - target).square().mean()
-        losses.append(loss.item())
-        loss.backward()
-        gradients = [p.grad for p in trained]
-        assert all(g is not None and torch.isfinite(g).all() for g in gradients), step
-        assert all(g.abs().sum() > 0 for g in gradients if g is not None), step
-        norm = torch.stack([g.norm() for g in gradients if g is not None]).norm()
-        with torch.no_grad():
-            for p, g in zip(trained, gradients, strict=True):
-                p.sub_(1e-3 * g / norm)  # pyright: ignore[reportOperatorIssue]
-                p.grad = None
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0]
+    target = float_output(kind) + 1
+
+    def loss() -> Tensor:
+        return (found(**model(kind).cast(found), return_dict=False)[0] - target).square().mean()
+
+    before = loss()
+    before.backward()
+    gradients = [p.grad for p in trained if p.grad is not None]
+    assert len(gradients) == len(trained)
+    assert all(torch.isfinite(g).all() and g.abs().sum() > 0 for g in gradients)
     assert all(p.grad is None for name, p in found.named_parameters() if ".lora_" not in name)
+    norm, length = torch.stack([g.norm() for g in gradients]).norm(), 0.2
+    with torch.no_grad():
+        for p, g in zip(trained, gradients, strict=True):
+            p.sub_(length * g / norm)
+        drop = (before - loss()) / (length * norm)  # 1 for exact gradients and an infinitely short step
+    assert 0.5 < drop < 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
