@@ -60,11 +60,19 @@ def float_folder(model: str, work: Path) -> Path:
     return folder
 
 
+def loaded(model: FullSize, folder: Path, **options: Any) -> Any:
+    """The pipeline in a folder, quiet. Without text encoders where texts are given as embeddings."""
+    if model.tokens is not None:
+        options |= {"text_encoder": None, "tokenizer": None}
+    pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def quantized(model: FullSize, way: str, folder: Path, into: Path) -> tuple[Any, dict[str, Any]]:
     """The quantized pipeline, saved `into` a folder, and what the job said of it."""
     if way in SINGLE_STEP:
-        pipe = DiffusionPipeline.from_pretrained(folder)
-        pipe.set_progress_bar_config(disable=True)
+        pipe = loaded(model, folder)
         scheme = SINGLE_STEP[way]
         settings = Settings(planner="uniform", scheme=scheme, keep_float="none")
         if scheme == "mixed":
@@ -77,7 +85,7 @@ def quantized(model: FullSize, way: str, folder: Path, into: Path) -> tuple[Any,
     if way == BOTH:
         wanted[model.autoencoder] = LDMQConfig("w8a16")
     options: Any = {"quantization_config": PipelineQuantizationConfig(quant_mapping=dict(wanted))}
-    pipe = DiffusionPipeline.from_pretrained(folder, **options)
+    pipe = loaded(model, folder, **options)
     pipe.save_pretrained(into)
     return pipe, {}
 
@@ -93,11 +101,9 @@ def measured(model: FullSize, way: str, folder: Path) -> dict[str, Any]:
         files = {name: _file_bytes(into / name) for name in ("unet", model.autoencoder)}
         schemes = sorted({layer.scheme.name for layer in quantized_layers(pipe.unet).values()})
         layers = len(quantized_layers(pipe.unet))
-        pipe.set_progress_bar_config(disable=True)
         first = drawn(pipe, model)
         del pipe
-        again = DiffusionPipeline.from_pretrained(into)
-        again.set_progress_bar_config(disable=True)
+        again = loaded(model, into)
         second = drawn(again, model)
         weights = {name: getattr(again, name).num_parameters() for name in ("unet", model.autoencoder)}
     return told | {

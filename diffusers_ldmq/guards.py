@@ -104,6 +104,14 @@ def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(model).save_pretrained(model, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def enable_group_offload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """As the class's own, of the integers themselves: it moves and saves what a layer holds, and a layer that was
+    called already holds a stand-in for them."""
+    for layer in quantized_layers(model).values():
+        layer._restore()
+    type(model).enable_group_offload(model, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+
+
 def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """As the class's own, with two 4-bit weights in a byte counted as two."""
     kwargs = {"only_trainable": only_trainable, "exclude_embeddings": exclude_embeddings}
@@ -116,7 +124,7 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
 
 def _replacements() -> dict[str, Callable[..., Any]]:
     casts = {name: functools.partial(_cast_as, dtype) for name, dtype in CASTS.items()}
-    own = (to, requires_grad_, save_pretrained, num_parameters)
+    own = (to, requires_grad_, save_pretrained, enable_group_offload, num_parameters)
     return {**casts, **{function.__name__: function for function in own}}
 
 

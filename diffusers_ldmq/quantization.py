@@ -10,6 +10,7 @@ from .artifacts import Calibration
 from .calibration import check_plan
 from .errors import LDMQError
 from .layers import quantize_layer, quantized_layers
+from .offloading import refuse_offloaded
 from .progress import Progress
 
 
@@ -56,8 +57,7 @@ def refuse_unfit(denoiser: nn.Module) -> None:
         raise LDMQError(
             "the denoiser carries a LoRA; call unload_lora_weights() or fuse_lora() first, or load the LoRA afterwards"
         )
-    if any(parameter.is_meta for parameter in denoiser.parameters()):
-        raise LDMQError("the denoiser's weights are on the meta device (offloaded); load it without offloading")
+    refuse_offloaded(denoiser)
 
 
 STORAGE_DTYPE = torch.float16

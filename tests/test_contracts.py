@@ -185,7 +185,7 @@ ORDER = (
     ("tables",),
     ("artifacts", "calls", "output"),
     ("families", "selections", "observers", "planners", "backends"),
-    ("packing", "gradient", "demands"),
+    ("packing", "gradient", "demands", "offloading"),
     ("quantized_layer",),
     ("layers", "manifest", "loading"),
     ("recording", "inputs"),
