@@ -13,6 +13,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from .allocator import give_back, release_file_pages
 from .calibration import layer_state
 from .config import NAME, LDMQConfig, LDMQMethod
 from .data_free import schemes_of
@@ -24,6 +25,9 @@ from .loading import check_complete, check_keys, check_shape, more, place, put
 from .manifest import entry_of, prepare
 from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
+
+LARGE = 2**20
+"""Bytes of a weight that are worth being given back to the system at once."""
 
 
 class LDMQQuantizer(DiffusersQuantizer):
@@ -121,6 +125,9 @@ class LDMQQuantizer(DiffusersQuantizer):
     def _quantize(self, name: str, layer: QuantizedLayer, weight: Tensor) -> None:
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         layer.adopt(layer_state(name, layer, parse_scheme(self.wanted[name]), None))
+        if weight.nbytes >= LARGE:  # or the float file and what is freed meanwhile would pile up beside the integers
+            release_file_pages(weight)
+            give_back()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_complete(model, quantized_layers(model))
