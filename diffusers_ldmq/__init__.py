@@ -16,10 +16,12 @@ from .plugin import register
 from .profiling import ProfileSettings, profile_sqnr
 from .quantization import quantize
 from .recording import record_calls
+from .twin import register as register_text
 from .verification import verify
 from .version import __version__
 
 register()
+register_text()
 
 __all__ = [
     "Calibration",

@@ -2,6 +2,7 @@
 anything slow begins."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +11,10 @@ import torch
 import typer
 
 from .backends import fast_dtype
-from .checkpoints import stored_config
+from .checkpoints import components_of, stored_config
+from .companions import loading_options
 from .correction import DEFAULT
+from .data_free import PlanLike
 from .demo import MODEL, demo_captions, demo_model, demo_prompts
 from .errors import LDMQError, OutputError, PlanError
 from .inputs import default_inputs, read_inputs, read_prompts
@@ -20,6 +23,7 @@ from .output import refuse_file, refuse_folder
 from .pipeline import QuantizedLDMPipeline, load_pipeline
 from .planners import PLANNERS, parse_target
 from .selections import SELECTIONS
+from .settings import corrections_of
 from .specs import parse_scheme
 
 PICTURED = 8
@@ -53,6 +57,14 @@ Full = Annotated[
     bool,
     typer.Option("--full", help="every step, block, direction, kind of noise; long, goes on if interrupted"),
 ]
+Components = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--component",
+        metavar="NAME=SCHEME",
+        help="also quantize this model, without data: text_encoder=w8a16, vae=w8a16, ...; repeatable",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
@@ -61,11 +73,27 @@ def model_path(model: str) -> str | Path:
     return demo_model() if model == MODEL else model
 
 
-def load_float(model: str, device: str) -> Any:
-    """The float pipeline, in float32. Raises LDMQError for a quantized one."""
-    if stored_config(model_path(model)) is not None:
+def components(given: list[str] | None) -> dict[str, PlanLike]:
+    """Component -> scheme of --component options. Raises LDMQError for what is none."""
+    found: dict[str, PlanLike] = {}
+    for text in given or ():
+        name, _, scheme = text.partition("=")
+        if not name or not scheme or name in found:
+            raise LDMQError(f"--component {text!r}: expected NAME=SCHEME such as vae=w8a16, each name once")
+        found[name] = scheme
+    return found
+
+
+def load_float(
+    model: str, device: str, schemes: Mapping[str, PlanLike] | None = None, *, local_files_only: bool = False
+) -> Any:
+    """The float pipeline, in float32. schemes: components that are quantized while they are loaded. Raises LDMQError
+    for a quantized one."""
+    path, place, hub = model_path(model), checked_device(device), {"local_files_only": local_files_only}
+    if stored_config(path, **hub) is not None:
         raise LDMQError(f"{model}: is quantized already; give the original float model, a second rounding only loses")
-    return _quiet(load_pipeline(model_path(model), dtype=torch.float32, device=checked_device(device)))
+    options = loading_options(components_of(path, **hub), schemes) if schemes else {}
+    return _quiet(load_pipeline(path, dtype=torch.float32, device=place, **hub, **options))
 
 
 def load_any(model: str, device: str) -> Any:
@@ -110,14 +138,20 @@ def fitting_dtype(chosen: torch.dtype | None, name: str, pipe: Any) -> torch.dty
 
 
 def check_names(
-    scheme: str, *, planner: str = "hybrid", calibration: str = "first-step", observer: str = "mse"
+    scheme: str,
+    *,
+    planner: str = "hybrid",
+    calibration: str = "first-step",
+    observer: str = "mse",
+    corrections: str = "none",
 ) -> None:
-    """Raise LDMQError for a scheme, planner, selection or observer that does not exist."""
+    """Raise LDMQError for a scheme, planner, selection, observer or correction that does not exist."""
     if parse_scheme(scheme).is_float:
         raise PlanError("--scheme float: nothing would be quantized; choose one such as w8a8")
     PLANNERS[planner]
     SELECTIONS[calibration]
     OBSERVERS[observer]
+    corrections_of(corrections)
 
 
 def check_target(target: str | None) -> None:
@@ -147,6 +181,19 @@ def check_out(out: Path, model: str, overwrite: bool) -> None:
         raise OutputError(f"{out}: is the model itself; quantize into another folder")
     if not (out / "model_index.json").is_file():
         raise OutputError(f"{out}: holds no pipeline (no model_index.json), so --overwrite will not delete it")
+
+
+def dry_run_folder(out: Path | None, repo_id: str) -> Path:
+    """Where a dry run writes. Raises OutputError if it must not."""
+    folder = out or Path(f"{repo_id.rpartition('/')[2]}-dry-run")
+    refuse_folder(folder, overwrite=False)
+    return folder
+
+
+def no_dry_run_folder(out: Path | None) -> None:
+    """Raise LDMQError if a folder was named that nothing would be written to."""
+    if out is not None:
+        raise LDMQError(f"--out {out}: only --dry-run writes a folder; add it, or leave --out out")
 
 
 def check_alone(context: typer.Context, option: str, others: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from .artifacts import FORMAT_VERSION
 from .data_free import PlanLike, plan_data
@@ -23,8 +24,9 @@ class LDMQMethod(StrEnum):
     LDMQ = NAME
 
 
-class LDMQConfig(QuantizationConfigMixin):
-    """How a float model is to be quantized while it is loaded, or what config.json says of a quantized one.
+class LDMQConfig(QuantizationConfigMixin, TransformersConfigMixin):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """How a float model is to be quantized while it is loaded, or what config.json says of a quantized one. The same
+    class for diffusers' models and transformers'.
 
     plan: a data-free scheme such as 'w8a16' or 'w8a8-dyn' for all layers but those that are better kept in floating
     point; or a Plan, its dict or the path of its file; or {layer, block or pattern: scheme}, later entries going

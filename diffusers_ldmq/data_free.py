@@ -17,7 +17,7 @@ from .specs import SCHEMES, parse_scheme
 
 PlanLike = str | os.PathLike[str] | Plan | dict[str, Any]
 
-OTHERS_KEEP_FLOAT = r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv|lm_head)$"
+OTHERS_KEEP_FLOAT = r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv|lm_head|text_projection|visual_projection)$"
 """What stays float in models that are no denoisers we know (autoencoders, ControlNets, text encoders): their ends."""
 
 
@@ -54,13 +54,16 @@ def plan_data(plan: PlanLike | None) -> Any:
     return dict(plan)
 
 
-def schemes_of(data: Any, model: nn.Module, keep: Sequence[str] = ()) -> dict[str, str]:
+def schemes_of(
+    data: Any, model: nn.Module, keep: Sequence[str] = (), kinds: tuple[type[nn.Module], ...] = QUANTIZABLE
+) -> dict[str, str]:
     """Layer name -> scheme for a float model. data: of `plan_data`; keep: names of layers or blocks, or patterns, that
-    stay float in any case.
+    stay float in any case; kinds: classes of layers that can be quantized in this model.
 
     Raises PlanError for a name that fits no layer of the model, another model's plan, or if nothing would be quantized.
     """
-    layers, modules = quantizable_layers(model), dict(model.named_modules())
+    modules = dict(model.named_modules())
+    layers = [name for name, layer in quantizable_layers(model).items() if isinstance(layer, kinds)]
     if isinstance(data, str):
         chosen = {name: data for name in layers if not re.search(_kept_by_default(model), name)}
     elif "format_version" in data:
@@ -72,11 +75,11 @@ def schemes_of(data: Any, model: nn.Module, keep: Sequence[str] = ()) -> dict[st
         for pattern, scheme in data.items():
             found = _matching(pattern, layers)
             if not found:
-                raise PlanError(_no_match(pattern, modules, model, "plan"))
+                raise PlanError(_no_match(pattern, model, "plan", kinds))
             chosen |= dict.fromkeys(found, scheme)
     for pattern in keep:
         if not _matching(pattern, layers) and pattern not in modules:  # a norm, say, is not converted anyway
-            raise PlanError(_no_match(pattern, modules, model, "modules_to_not_convert"))
+            raise PlanError(_no_match(pattern, model, "modules_to_not_convert", kinds))
         chosen = {name: scheme for name, scheme in chosen.items() if name not in _matching(pattern, layers)}
     chosen = {name: scheme for name, scheme in chosen.items() if not parse_scheme(scheme).is_float}
     if not chosen:
@@ -108,9 +111,9 @@ def _matching(pattern: str, layers: Iterable[str]) -> list[str]:
     return [name for name in layers if f".{pattern}." in f".{name}." or fnmatchcase(name, pattern)]
 
 
-def _no_match(pattern: str, modules: dict[str, nn.Module], model: nn.Module, key: str) -> str:
-    reason = "has no such layer or block"
+def _no_match(pattern: str, model: nn.Module, key: str, kinds: tuple[type[nn.Module], ...]) -> str:
+    reason, modules = "has no such layer or block", dict(model.named_modules())
     if pattern in modules:
-        kinds = " and ".join(kind.__name__ for kind in QUANTIZABLE)
-        reason = f"has a {type(modules[pattern]).__name__} there; only {kinds} layers are quantized"
+        names = " and ".join(kind.__name__ for kind in kinds)
+        reason = f"has a {type(modules[pattern]).__name__} there; only {names} layers are quantized"
     return f"quantization_config, {key}: {pattern!r} fits nothing, {type(model).__name__} {reason}"

@@ -19,6 +19,11 @@ def straight_through(
     return cast(Tensor, _StraightThrough.apply(x, forward, weight, geometry))
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that the surrounding torch.autocast gives to float layers; fp64 stays, as it does there."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(x.device.type))
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:

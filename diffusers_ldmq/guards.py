@@ -12,6 +12,7 @@ from torch import nn
 
 from .errors import LDMQError
 from .layers import quantized_layers
+from .lora import add_adapter, fuse_lora, load_lora_adapter, show_float_shapes, update_manifest
 
 REFUSALS = {
     "enable_layerwise_casting": "layerwise casting would cast biases and the float rest below 16 bits and leave the "
@@ -49,14 +50,27 @@ class Refusal:
 
 def guard(model: nn.Module) -> None:
     """Give the quantized model its own ways with what its class would do wrong. Harmless when done again."""
-    kind = type(model)
+    kind: Any = type(model)
     for name, why in REFUSALS.items():
         if hasattr(kind, name):
             setattr(model, name, Refusal(f"{name}() is not possible on a quantized {kind.__name__}: {why}"))
     for name, function in _replacements().items():
         if hasattr(kind, name):
             setattr(model, name, functools.partial(function, model))
+    if hasattr(kind, "save_pretrained"):  # pipelines pass variant= and max_shard_size= on where the signature has them
+        vars(model)["save_pretrained"].__wrapped__ = kind.save_pretrained
     _guard_copying()
+    show_float_shapes()
+
+
+def refuse_saving(model: nn.Module) -> None:
+    """Let a model whose layers were just quantized not be saved before its config says so; `guard` lifts this."""
+    if hasattr(type(model), "save_pretrained"):
+        words = (
+            f"the {type(model).__name__} was quantized, but its config does not say so, and nobody could load it: "
+            f"save it with QuantizedLDMPipeline or `ldmq quantize`, or call diffusers_ldmq.companions.attach() first"
+        )
+        setattr(model, "save_pretrained", Refusal(words))  # noqa: B010 (nn.Module's __setattr__ takes tensors)
 
 
 def unguard(model: nn.Module) -> None:
@@ -80,6 +94,13 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model, if it has this dtype already; otherwise LDMQError."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
     if own != dtype:
+        upcast = getattr(getattr(model, "config", None), "force_upcast", False)
+        if upcast and (own, dtype) == (torch.float16, torch.float32):
+            raise LDMQError(
+                f"the pipeline casts its {type(model).__name__} from float16 to float32 to decode, because its config "
+                f"says force_upcast, and a quantized one is not cast: load the pipeline with bfloat16 or float32, or "
+                f"the autoencoder without quantization_config"
+            )
         raise LDMQError(
             f"a quantized {type(model).__name__} in {own} is not cast to {dtype}: load it again with "
             f"torch_dtype={dtype} (integers and scales stay what they are), or call dequantize() first"
@@ -97,11 +118,23 @@ def requires_grad_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
     return type(model).requires_grad_(model, False)
 
 
-def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """As the class's own. Raises LDMQError for use_flashpack."""
-    if kwargs.get("use_flashpack"):
+def save_pretrained(
+    model: nn.Module,
+    *args: Any,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
+    use_flashpack: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """As the class's own, with what fused LoRAs added in the manifest. Raises LDMQError for use_flashpack."""
+    # pipelines look these four up in the signature, and leave out of their call what they do not find there
+    if use_flashpack:
         raise LDMQError("use_flashpack=True would leave out what tells integers from weights; save as safetensors")
-    return type(model).save_pretrained(model, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    update_manifest(model)
+    named = {"variant": variant, "max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
+    given = {name: value for name, value in named.items() if value is not None and value is not True}
+    return type(model).save_pretrained(model, *args, **given, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def enable_group_offload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +158,8 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
 def _replacements() -> dict[str, Callable[..., Any]]:
     casts = {name: functools.partial(_cast_as, dtype) for name, dtype in CASTS.items()}
     own = (to, requires_grad_, save_pretrained, enable_group_offload, num_parameters)
-    return {**casts, **{function.__name__: function for function in own}}
+    lora = (fuse_lora, add_adapter, load_lora_adapter)
+    return {**casts, **{function.__name__: function for function in (*own, *lora)}}
 
 
 def _cast_as(dtype: torch.dtype, model: nn.Module) -> nn.Module:

@@ -7,11 +7,12 @@ from rich.table import Table
 from torch import nn
 
 from .artifacts import Plan, Profile, Report
+from .companions import Companion, companions
 from .families import find_denoiser, float_shape, layer_table, quantizable_layers
 from .layers import QuantizedLayer
 from .metrics import sqnr_db, told_db
 from .planners import fp32_bytes, integer_share, plan_bytes
-from .summary import mb, size_data, sqnr_data
+from .summary import companion_lines, companions_data, mb, size_data, sqnr_data
 from .tables import LayerTable
 from .verification import backend_counts, floating_dtype, scheme_counts
 from .verification import float_parameters as count_parameters
@@ -33,7 +34,7 @@ class LayerLine:
 @dataclass(frozen=True, slots=True)
 class Description:
     """A pipeline's denoiser, float or quantized. backends: 'scheme on backend' -> layers, on this machine;
-    report: what verification measured when it was quantized."""
+    report: what verification measured when it was quantized; companions: quantized models beside it."""
 
     pipeline: str
     denoiser: str
@@ -44,6 +45,7 @@ class Description:
     fp32_bytes: int
     layers: tuple[LayerLine, ...]
     report: Report | None
+    companions: tuple[Companion, ...] = ()
 
 
 def describe(pipe: Any) -> Description:
@@ -62,6 +64,7 @@ def describe(pipe: Any) -> Description:
         fp32_bytes=4 * count_parameters(denoiser),
         layers=tuple(_line(name, layers[name], profile) for name in in_order),
         report=report,
+        companions=companions(pipe),
     )
 
 
@@ -97,6 +100,8 @@ def description_data(found: Description, *, layers: bool) -> dict[str, Any]:
             "backends": report.backends,
             "calibration": report.calibration,
         }
+    if found.companions:
+        data["components"] = companions_data(found.companions)
     if layers:
         data["layers"] = found.layers
     return data
@@ -120,6 +125,8 @@ def description_table(found: Description) -> Table:
         table.add_row("int8 x int8 multiply-accumulates", f"{100 * found.report.int8_macs:.1f} %")
     else:
         table.add_row("output SQNR", "none stored")
+    for name, before, now in companion_lines(found.companions):
+        table.add_row(name, f"{now}; {before}")
     return table
 
 

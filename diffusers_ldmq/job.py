@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .artifacts import Profile
 from .calibration import check_plan
 from .calls import Recording
 from .closed_loop import Job
+from .companions import companions, quantize_companions, recast, refuse_upcast
 from .errors import LDMQError, PlanError, RecordingError
 from .families import find_denoiser, layer_table
 from .planners import Target, candidates, fp32_bytes, parse_target, plan_bytes
@@ -57,6 +59,8 @@ def quantize_pipeline(
         check_plan(settings.plan, denoiser)
     if target is not None:
         _refuse_size(settings, table, target)
+    quantize_companions(pipe, settings.components)
+    refuse_upcast(pipe, settings.dtype)
     if reload is None and target is not None:
         original = deepcopy(denoiser)
         reload = lambda: deepcopy(original)  # noqa: E731
@@ -75,12 +79,10 @@ def quantize_pipeline(
     outcome, denoiser = job.until_met(denoiser, reload)
     pipe.register_modules(**{name: denoiser})
     attach(denoiser)
-    for part in (pipe, denoiser):
-        _forget_path(part)
+    settle(pipe, name, settings.dtype)
     if settings.dtype is not None:
-        _cast_others(pipe, name, settings.dtype)
         _refuse_unusable(pipe, inputs[0], settings.dtype)
-    return outcome
+    return replace(outcome, companions=companions(pipe))
 
 
 def _stage(told: Progress, stage: str) -> Callable[[int, int], None]:
@@ -130,13 +132,17 @@ def _refuse_unusable(pipe: Any, inputs: dict[str, Any], dtype: torch.dtype) -> N
         raise LDMQError(f"{type(pipe).__name__} cannot sample in {dtype}; choose float32 ({cause})") from cause
 
 
-def _cast_others(pipe: Any, denoiser_name: str, dtype: torch.dtype) -> None:
+def settle(pipe: Any, denoiser_name: str, dtype: torch.dtype | None) -> None:
+    """Make everything around a quantized denoiser fit it: other models in `dtype` (None: as they are), no paths of
+    this machine in what will be saved."""
+    for part in (pipe, getattr(pipe, denoiser_name)):
+        forget_path(part)
     for name, component in pipe.components.items():
-        if isinstance(component, nn.Module) and name != denoiser_name:
-            component.to(dtype)
+        if dtype is not None and isinstance(component, nn.Module) and name != denoiser_name:
+            recast(component, dtype)
 
 
-def _forget_path(part: Any) -> None:
+def forget_path(part: Any) -> None:
     """Of a local source folder only its name is kept: what is shared should not tell the user's paths."""
     source = str(part.config.get("_name_or_path") or "")
     if source and Path(source).exists():

@@ -3,6 +3,7 @@ values that can be, and no other. diffusers and transformers would warn at most.
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -33,24 +34,47 @@ def check_keys(expected: Iterable[str], found: Iterable[str], ignored: Iterable[
         )
 
 
+def refuse_pickles(files: Iterable[str]) -> None:
+    """Raise CheckpointError for weights of ours in any other file than safetensors."""
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(
+                f"{Path(file).name}: quantized models are read from safetensors files only, since a pickle may run "
+                f"any code; get the checkpoint again from its author"
+            )
+
+
 def put(model: nn.Module, name: str, raw: Tensor, cast: Tensor, device: torch.device | str | int) -> None:
     """Check one tensor of a file and put it in place. raw: as the file holds it; cast: at the dtype that was asked for,
     which integers and scales do not take. Raises CheckpointError naming the tensor."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    exact = None
-    if isinstance(module, QuantizedLayer) and not module.scheme.is_float:
-        exact = tensor_specs(module.scheme, module.geometry, module.rank)[leaf].dtype
-    if exact is not None and raw.dtype != exact:
-        raise CheckpointError(f"{place(name)}: dtype {raw.dtype}, expected {exact}; wrong file?")
-    if exact is None and not raw.is_floating_point():
-        raise CheckpointError(f"{place(name)}: dtype {raw.dtype}, expected a floating one; wrong file?")
-    _check_values(name, raw, module)
+    exact = exact_dtype(module, leaf)
+    check_dtype(name, exact, raw.dtype)
+    before = module._parameters.get(leaf)
+    if before is not None and not before.is_meta:
+        raise CheckpointError(f"{place(name)}: two files of the checkpoint hold this tensor; get the checkpoint again")
+    check_values(name, raw, module)
     placed = (raw if exact is not None else cast).to(device)
     if leaf in module._parameters:
         module._parameters[leaf] = nn.Parameter(placed, requires_grad=exact is None)
     else:
         module._buffers[leaf] = placed.clone()  # or this small tensor would hold the whole mapped file
+
+
+def exact_dtype(module: nn.Module, leaf: str) -> torch.dtype | None:
+    """The dtype that a tensor of a quantized layer has in every file; None where it may be any floating one."""
+    if isinstance(module, QuantizedLayer) and not module.scheme.is_float:
+        return tensor_specs(module.scheme, module.geometry, module.rank)[leaf].dtype
+    return None
+
+
+def check_dtype(name: str, exact: torch.dtype | None, found: torch.dtype) -> None:
+    """Raise CheckpointError naming the tensor unless it has the dtype of `exact_dtype`."""
+    if exact is not None and found != exact:
+        raise CheckpointError(f"{place(name)}: dtype {found}, expected {exact}; wrong file?")
+    if exact is None and not found.is_floating_point:
+        raise CheckpointError(f"{place(name)}: dtype {found}, expected a floating one; wrong file?")
 
 
 def check_shape(name: str, expected: Tensor, found: Tensor) -> None:
@@ -72,9 +96,10 @@ def check_complete(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> No
             raise CheckpointError(f"module {name!r} was not loaded as its scheme asks: {cause}") from None
 
 
-def _check_values(name: str, value: Tensor, module: nn.Module) -> None:
+def check_values(name: str, value: Tensor, module: nn.Module) -> None:
+    """Raise CheckpointError naming the tensor if it holds what no tensor of its name can. module: its owner."""
     if value.is_floating_point():
-        if value.numel() and not torch.isfinite(torch.stack(torch.aminmax(value))).all():  # NaN passes through, too
+        if value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():  # isfinite alone would copy it
             raise CheckpointError(f"{place(name)}: holds NaN or Inf; the file is damaged, get it again")
         if name.endswith("_scale") and not (value > 0).all():
             raise CheckpointError(f"{place(name)}: a scale is zero or negative; the file is damaged, get it again")

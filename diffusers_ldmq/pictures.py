@@ -121,6 +121,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _clipped(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    text = " ".join(text.split())  # a line break cannot be measured
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

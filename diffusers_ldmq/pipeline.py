@@ -1,117 +1,61 @@
-"""QuantizedLDMPipeline: any diffusers pipeline with a quantized denoiser, computed or loaded; and pipelines on disk."""
+"""QuantizedLDMPipeline: any diffusers pipeline with a quantized denoiser, computed or loaded, from disk or from another
+pipeline."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub.errors import HfHubHTTPError
-from torch import nn
-from transformers import PreTrainedModel
 
 from .artifacts import Plan, Profile, Report
-from .checkpoints import HUB_OPTIONS, SIDE_FILES, known, original_name, refuse_unknown, side_files, stored_config
+from .cache import find_entry, is_on
+from .checkpoints import (
+    HUB_OPTIONS,
+    SAVING_OPTIONS,
+    SIDE_FILES,
+    component_names,
+    components_of,
+    known,
+    original_name,
+    refuse_unknown,
+    side_files,
+    stored_config,
+)
+from .companions import loading_options
+from .components import assembled, refuse_quantization_config, shared_copy
 from .demo import MODEL, demo_captions
 from .errors import LDMQError
 from .families import find_denoiser
-from .inputs import default_inputs
-from .job import Outcome, Progress, Settings, quantize_pipeline
-from .output import folder_beside
-from .planners import PLANNERS
-from .quantization import STORAGE_DTYPE, stored
-from .serialization import write_json
+from .folders import as_saved, denoiser_loader, load_pipeline, save_pipeline, write_side_files
+from .job import Outcome, Settings, quantize_pipeline, settle
+from .layers import quantized_layers
+from .request import Request
 
-SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in ("plan", "target", "dtype"))
-"""Keywords of from_pretrained that are fields of Settings."""
 __all__ = [
     "Outcome",
     "QuantizedLDMPipeline",
     "Settings",
+    "denoiser_loader",
     "load_pipeline",
     "quantize_pipeline",
     "save_pipeline",
 ]
 
 
-def load_pipeline(
-    model: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | None = None, **options: Any
-) -> DiffusionPipeline:
-    """The pipeline in a local folder or under a hub id. options: of DiffusionPipeline.from_pretrained.
-
-    Raises LDMQError in one line if it cannot be had.
-    """
-    text = known(model)
-    try:
-        pipe = DiffusionPipeline.from_pretrained(text, dtype=dtype, **options)
-    except LDMQError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, HfHubHTTPError, AttributeError, ImportError) as cause:
-        reason = " ".join(str(cause).split())
-        raise LDMQError(f"{text}: cannot be loaded as a diffusers pipeline ({reason[:300]})") from cause
-    find_denoiser(pipe)
-    return pipe if device is None else pipe.to(device)
-
-
-def save_pipeline(
-    pipe: Any, folder: str | os.PathLike[str], *, outcome: Outcome | None = None, overwrite: bool = False
-) -> None:
-    """Write the quantized pipeline as an ordinary diffusers folder, with plan.json, report.json and profile.json.
-
-    Complete or not at all. Raises OutputError if `folder` is not empty (unless `overwrite`) or cannot be written.
-    """
-    with folder_beside(folder, overwrite=overwrite) as beside:
-        with saved_dtypes(pipe):
-            pipe.save_pretrained(beside)
-        if outcome is not None:
-            for name, artifact in (("plan", outcome.plan), ("report", outcome.report), ("profile", outcome.profile)):
-                if artifact is not None:
-                    write_json(beside / f"{name}.json", artifact)
-
-
-@contextmanager
-def saved_dtypes(pipe: Any) -> Iterator[None]:
-    """While open, every other model has the dtype in which it is best saved.
-
-    diffusers' models load in fp32 unless told: those whose fp32 values 16 bits hold exactly (they came from such files)
-    are written in 16. transformers' models load as they were saved, so these are written in fp32: a 16-bit text encoder
-    between models loaded in fp32 cannot be sampled from.
-    """
-    changed: list[tuple[Any, torch.dtype, torch.dtype]] = []
-    for model in pipe.components.values():
-        if not isinstance(model, torch.nn.Module) or getattr(model, "is_quantized", False):
-            continue
-        now = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        if isinstance(model, PreTrainedModel) and now != torch.float32:
-            changed.append((model, now, torch.float32))
-        elif isinstance(model, ModelMixin) and now == torch.float32 and _fits_16_bits(model):
-            changed.append((model, now, STORAGE_DTYPE))
-    try:
-        for model, _, dtype in changed:
-            model.to(dtype)
-        yield
-    finally:
-        for model, dtype, _ in changed:
-            model.to(dtype)
-
-
-def _fits_16_bits(model: ModelMixin) -> bool:
-    return all(stored("", value).dtype != torch.float32 for value in model.state_dict().values())
-
-
 class QuantizedLDMPipeline:
     """A mixin over the loaded pipeline's own class: `isinstance` holds for both, everything else is the pipeline's.
 
-    Made by `from_pretrained` only. plan, report, profile: what was decided and measured (None where not stored).
+    Made by `from_pretrained` and `from_pipe` only. plan, report, profile: what was decided and measured (None where not
+    stored).
     """
 
     plan: Plan | None = None
     report: Report | None = None
     profile: Profile | None = None
+    _plain: Any = None  # the pipeline class that a built one is made over
 
     @classmethod
     def from_pretrained(
@@ -131,62 +75,126 @@ class QuantizedLDMPipeline:
         everything else; fields of Settings may be given as keywords too (`calibration`, `corrections`, ...) and, as
         plan and target, go before it. Other keywords: `dtype` / `torch_dtype`, `device`, `steps`, `progress`; the rest
         is DiffusionPipeline.from_pretrained's (`revision`, `variant`, `safety_checker`, ...).
+
+        What was computed is kept under the Hugging Face cache: asked the same again, it is loaded (`cache=False` or
+        the environment's LDMQ_CACHE=0 turn that off).
         Raises LDMQError; for a quantized checkpoint given what quantizes it says what to load instead.
         """
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
-        asked = {name: kwargs.pop(name) for name in list(kwargs) if name in SETTINGS}
-        options = _Options(kwargs)
-        inputs = kwargs.pop("prompts", None) if inputs is None else inputs
-        if inputs is None and os.fspath(model) == MODEL:
-            inputs = demo_captions()
+        request = Request.taken(kwargs, plan, target, inputs=inputs, settings=settings)
+        if request.inputs is None and os.fspath(model) == MODEL:
+            request = replace(request, inputs=demo_captions())
         model, hub = known(model), {name: value for name, value in kwargs.items() if name in HUB_OPTIONS}
         refuse_unknown(model, kwargs, **hub)
+        refuse_quantization_config(model, component_names(model, **hub), kwargs.get("quantization_config"))
         config = stored_config(model, **hub)
-        if config is not None:
-            if plan is not None or target is not None or asked:
-                raise LDMQError(
-                    f"{model}: is quantized already; leave {', '.join(['plan and target', *asked])} out to load it, or "
-                    f"give the original float model{original_name(model, **hub)} to quantize anew"
-                )
-            stored = getattr(torch, str(config.get("compute_dtype", "float32")), torch.float32)
-            pipe = load_pipeline(model, dtype=dtype or stored, device=options.device, **kwargs)
-            return _dressed(pipe, **side_files(model, **hub))
-        settings = _settings(replace(settings or Settings(), **asked), plan, target, dtype)
-        pipe = load_pipeline(model, dtype=torch.float32, device=options.device, **kwargs)
-        calls = _calls(pipe, inputs, settings, options.steps)
-        outcome = quantize_pipeline(
-            pipe, calls, settings, reload=denoiser_loader(model, options.device, **kwargs), progress=options.progress
-        )
-        return _dressed(pipe, plan=outcome.plan, report=outcome.report, profile=outcome.profile)
+        if config is None:
+            kwargs |= loading_options(components_of(model, **hub), request.settings.components)
+        if cls._plain is not None:
+            kwargs["kind"] = cls._plain
+        if config is None:
+            return _computed(model, request, kwargs)
+        original = original_name(model, **hub)
+        if request.names:
+            others = [name for name in request.names if name not in ("plan", "target")]
+            raise LDMQError(
+                f"{model}: is quantized already; leave {', '.join(['plan and target', *others])} out to load it, or "
+                f"give the original float model{original and f' ({original})'} to quantize anew"
+            )
+        stored = getattr(torch, str(config.get("compute_dtype", "float32")), torch.float32)
+        pipe = load_pipeline(model, dtype=request.dtype or stored, device=request.device, **kwargs)
+        if original:
+            pipe.register_to_config(_name_or_path=original)  # of what it was made, not where it lies now
+        return _dressed(pipe, **side_files(model, **hub))
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipe: Any,
+        plan: str | os.PathLike[str] | Plan | None = None,
+        target: str | None = None,
+        *,
+        inputs: Sequence[dict[str, Any]] | Sequence[str] | None = None,
+        settings: Settings | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A pipeline of both classes from one in memory, with the components of `pipe`, or those given by name.
+
+        With a quantized denoiser everything is shared and nothing cast. A float denoiser is quantized with the keywords
+        of `from_pretrained` except `device`; `pipe` keeps its own, unchanged, and shares what stays float with the new
+        pipeline (to free its memory, drop `pipe`). Nothing is cached. Of a class that this one built, the new pipeline
+        is of that class, whatever `pipe` is.
+
+        Raises LDMQError for a keyword that is neither, for a quantized pipeline given what quantizes it, and for a
+        dtype that it does not have.
+        """
+        request = Request.taken(kwargs, plan, target, inputs=inputs, settings=settings)
+        base = cls._plain or getattr(pipe, "_plain", type(pipe))
+        made = assembled(base, pipe, kwargs)
+        name, denoiser = find_denoiser(made)
+        if not quantized_layers(denoiser):
+            return _quantized(made, request)
+        if request.names:
+            raise LDMQError(
+                f"the given {type(pipe).__name__} is quantized already; leave {', '.join(request.names)} out to share "
+                f"its components, or give a float pipeline to quantize anew"
+            )
+        now = next(p.dtype for p in denoiser.parameters() if p.is_floating_point())
+        if request.dtype not in (None, now):
+            raise LDMQError(
+                f"the given {type(pipe).__name__}'s {name} is quantized at {now} and cannot be cast; load its "
+                f"checkpoint with dtype={request.dtype} instead"
+            )
+        same = denoiser is pipe.components.get(name)
+        return _dressed(made, **{name: getattr(pipe, name, None) for name in SIDE_FILES if same})
 
     def save_pretrained(self, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As the pipeline's own, plus plan.json, report.json and profile.json. Plain diffusers opens the folder."""
+        """As the pipeline's own, plus plan.json, report.json and profile.json. Plain diffusers opens the folder.
+
+        push_to_hub=True: also push it, under `repo_id` or the folder's name, with the keywords of `push_to_hub`.
+        """
+        pushed = None
+        if kwargs.pop("push_to_hub", False):
+            pushed = {name: kwargs.pop(name) for name in list(kwargs) if name not in SAVING_OPTIONS}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in SIDE_FILES:  # first, so that push_to_hub=True takes them along
-            artifact = getattr(self, name)
-            if artifact is not None:
-                write_json(Path(folder) / f"{name}.json", artifact)
-        with saved_dtypes(self):
+        write_side_files(Path(folder), self)
+        with as_saved(self):
             super().save_pretrained(folder, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if pushed is not None:
+            self._push(pushed.pop("repo_id", Path(folder).resolve().name), pushed, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> str:
+        """Upload the pipeline with its model card, plan, measurements and pictures; the address of the commit.
+
+        private: None = as your account has it; options: `revision` (a branch, made where it is missing), `base_model`
+        and `license` where the folder does not tell them, `prompts` or `images` (how many pictures to draw, default 4,
+        0 for none) with `steps`, `guidance` and `seed`, `original` (the float pipeline, to draw beside), and `variant`,
+        `max_shard_size` of save_pretrained. Raises LDMQError in one line for what the hub refuses.
+        """
+        given = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        return self._push(repo_id, {**given, **options})
+
+    def _push(self, repo_id: str, options: dict[str, Any], folder: str | os.PathLike[str] | None = None) -> str:
+        from .hub import push_pipeline  # its figures and tables load only where something is pushed
+
+        return push_pipeline(self, repo_id, folder, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the class shares its base's name, so it is rebuilt, never looked up
-        return _restored, (type(self).__mro__[2], dict(vars(self)))
-
-
-class _Options:
-    """The rarer keyword arguments of from_pretrained, taken out of the others."""
-
-    def __init__(self, kwargs: dict[str, Any]) -> None:
-        self.device: str | None = kwargs.pop("device", None)
-        self.steps: int | None = kwargs.pop("steps", None)
-        self.progress: Progress | None = kwargs.pop("progress", None)
+        return _restored, (self._plain, dict(vars(self)))
 
 
 @cache
 def _quantized_class(base: type) -> type:
     """QuantizedLDMPipeline over `base`, under the base's name, by which diffusers looks pipelines up."""
-    body = {"__module__": base.__module__, "__doc__": base.__doc__}
+    body = {"__module__": base.__module__, "__doc__": base.__doc__, "_plain": base}
     return type(base.__name__, (QuantizedLDMPipeline, base), body)
 
 
@@ -203,31 +211,40 @@ def _restored(base: type, state: dict[str, Any]) -> Any:
     return pipe
 
 
-def _settings(settings: Settings, plan: Any, target: str | None, dtype: torch.dtype | None) -> Settings:
-    if isinstance(plan, Plan):
-        settings = replace(settings, plan=plan)
-    elif plan is not None and not Path(plan).exists() and Path(plan).name == os.fspath(plan) and not Path(plan).suffix:
-        PLANNERS[os.fspath(plan)]  # refuses what is neither a planner nor looks like a file
-        settings = replace(settings, planner=os.fspath(plan))
-    elif plan is not None:
-        settings = replace(settings, plan=Plan.load(plan))
-    return replace(settings, target=target or settings.target, dtype=dtype or settings.dtype)
+def _computed(model: str, request: Request, options: dict[str, Any]) -> Any:
+    """The float model in a folder or repository, quantized or, where that was done before, taken from the cache.
+    options: of `load_pipeline`."""
+    request.refuse_dtype()
+    settings = request.settings
+    entry = None
+    if request.cache and is_on():
+        entry = find_entry(model, request, options)
+    cached = entry.load() if entry else None
+    if cached is not None:
+        options = {**options, cached.component: cached.denoiser}
+        pipe = load_pipeline(model, dtype=torch.float32, device=request.device, **options)
+        settle(pipe, cached.component, settings.dtype)
+        return _dressed(pipe, **cached.artifacts)
+    pipe = load_pipeline(model, dtype=torch.float32, device=request.device, **options)
+    reload = denoiser_loader(model, request.device, **options)
+    outcome = quantize_pipeline(pipe, request.calls(pipe), settings, reload=reload, progress=request.progress)
+    if entry is not None:
+        entry.store(pipe, outcome)
+    return _dressed(pipe, **{name: getattr(outcome, name) for name in SIDE_FILES})
 
 
-def _calls(pipe: Any, inputs: Any, settings: Settings, steps: int | None) -> list[dict[str, Any]]:
-    if inputs is not None and not all(isinstance(entry, str) for entry in inputs):
-        return list(inputs)
-    return default_inputs(pipe, inputs, steps=steps, seed=settings.seed)
-
-
-def denoiser_loader(
-    model: str | os.PathLike[str], device: str | None = None, **options: Any
-) -> Callable[[], nn.Module]:
-    """A function that loads the model's float denoiser anew, for plans that must be raised after quantizing.
-
-    options: of DiffusionPipeline.from_pretrained."""
-
-    def load() -> nn.Module:
-        return find_denoiser(load_pipeline(model, dtype=torch.float32, device=device, **options))[1]
-
-    return load
+def _quantized(pipe: Any, request: Request) -> Any:
+    """`pipe`, which is ours but shares its components, with a quantized denoiser of its own."""
+    request.refuse_dtype()
+    name, denoiser = find_denoiser(pipe)
+    cast = pipe.components if request.settings.dtype else [name]
+    models = {n: c for n, c in pipe.components.items() if n in cast and isinstance(c, torch.nn.Module)}
+    pipe.register_modules(**{n: shared_copy(model) for n, model in models.items()})
+    outcome = quantize_pipeline(
+        pipe,
+        request.calls(pipe),
+        request.settings,
+        reload=lambda: shared_copy(denoiser),
+        progress=request.progress,
+    )
+    return _dressed(pipe, **{name: getattr(outcome, name) for name in SIDE_FILES})

@@ -6,6 +6,7 @@ entries when the package is imported is enough.
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .errors import CheckpointError, LDMQError
 from .families import quantizable_layers
 from .guards import guard, unguard
 from .layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
-from .loading import check_complete, check_keys, check_shape, more, place, put
+from .loading import check_complete, check_keys, check_shape, more, place, put, refuse_pickles
 from .manifest import entry_of, prepare
 from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
@@ -72,6 +73,8 @@ class LDMQQuantizer(DiffusersQuantizer):
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        if self.pre_quantized:
+            refuse_pickles(checkpoint_files)
         self.loaded_keys = list(loaded_keys)
         return loaded_keys
 
@@ -91,7 +94,7 @@ class LDMQQuantizer(DiffusersQuantizer):
                     f"complete ones"
                 )
             for name in self.wanted:
-                replace_layer(model, name, _empty_like(model.get_submodule(name)))
+                replace_layer(model, name, empty_like(model.get_submodule(name)))
         model.register_to_config(quantization_config=self.config)
 
     def _prepare(self, model: Any) -> None:
@@ -99,7 +102,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         for name, entry in self.config.layers.items():
             if name not in layers:
                 raise CheckpointError(f"quantization_config names layer {name!r}, which {type(model).__name__} lacks")
-            empty = _empty_like(layers[name])
+            empty = empty_like(layers[name])
             try:
                 prepare(empty, entry)
             except LDMQError as cause:
@@ -139,7 +142,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         if not self.pre_quantized:
             round_to_storage(model)
             self.pre_quantized = True
-            self.quantization_config = self.config = _config_of(model)
+            self.quantization_config = self.config = config_of(model)
             model.register_to_config(quantization_config=self.config)
         guard(model)
         return model
@@ -147,12 +150,7 @@ class LDMQQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        adapters = [name for name in state_dict if ".base_layer." in name or ".lora_" in name]
-        if adapters:
-            raise CheckpointError(
-                f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
-                f"can load; call unload_lora_weights() first and share the LoRA as a file of its own"
-            )
+        refuse_adapters(state_dict)
         if not safe_serialization:
             raise CheckpointError("quantized models are saved as safetensors only; leave safe_serialization=True")
         # no metadata of ours: safetensors writes several entries in random order, and config.json says it all
@@ -170,6 +168,10 @@ class LDMQQuantizer(DiffusersQuantizer):
         return model
 
     @property
+    def supports_parallel_loading(self) -> bool:
+        return self.pre_quantized  # a layer that is being quantized gets more tensors, while other threads list them
+
+    @property
     def is_serializable(self) -> Any:
         return True
 
@@ -184,7 +186,7 @@ class LDMQQuantizer(DiffusersQuantizer):
 
 def attach(denoiser: Any) -> None:
     """Make a denoiser that `quantize` returned one that diffusers saves: manifest, quantizer and config item."""
-    config = _config_of(denoiser)
+    config = config_of(denoiser)
     denoiser.hf_quantizer = LDMQQuantizer(config, pre_quantized=True)
     denoiser.is_quantized = True
     denoiser.quantization_method = LDMQMethod.LDMQ
@@ -203,14 +205,25 @@ def register() -> None:
         table[NAME] = member  # pyright: ignore[reportArgumentType]
 
 
-def _config_of(model: Any) -> LDMQConfig:
+def config_of(model: Any) -> LDMQConfig:
     """What config.json will say of a model whose layers are quantized."""
     layers = {name: entry_of(layer) for name, layer in quantized_layers(model).items()}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return LDMQConfig(layers=layers, compute_dtype=str(dtype).removeprefix("torch."))
 
 
-def _empty_like(layer: nn.Module) -> QuantizedLayer:
+def refuse_adapters(names: Iterable[str]) -> None:
+    """Raise CheckpointError if a tensor of these names is a LoRA's."""
+    adapters = [name for name in names if ".base_layer." in name or ".lora_" in name]
+    if adapters:
+        raise CheckpointError(
+            f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
+            f"can load; call unload_lora_weights() first (and fuse_lora() before that to keep what it does), and "
+            f"share the LoRA as a file of its own"
+        )
+
+
+def empty_like(layer: nn.Module) -> QuantizedLayer:
     """The quantized class of a float layer, still float, sharing its (meta) tensors."""
     kind = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
     new = kind.__new__(kind)

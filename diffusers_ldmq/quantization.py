@@ -9,6 +9,7 @@ from torch import nn
 from .artifacts import Calibration
 from .calibration import check_plan
 from .errors import LDMQError
+from .guards import refuse_saving
 from .layers import quantize_layer, quantized_layers
 from .offloading import refuse_offloaded
 from .progress import Progress
@@ -37,6 +38,7 @@ def quantize(
     if dtype is not None:
         cast_floats(denoiser, dtype)
     round_to_storage(denoiser)
+    refuse_saving(denoiser)
     return denoiser.eval()
 
 

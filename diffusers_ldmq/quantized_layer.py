@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .affine import dequantize_weight
 from .backends import Backend, choose_backend
+from .compiled import new_handle, run_compiled
 from .errors import BackendError, LDMQError
-from .gradient import straight_through
+from .gradient import autocast, straight_through
 from .packing import Pack, identity, is_current, is_stand_in, leave_file, make_stand_in
 from .specs import Geometry, LayerState, Scheme, check_rotation, check_state, geometry_of, parse_scheme, tensor_specs
 
@@ -38,6 +39,7 @@ class QuantizedLayer(nn.Module):
     _scheme: Scheme | None = None
     _rotation: int = 0
     _pack: Pack | None = None
+    _handle: Tensor | None = None  # what stands for this layer in compiled graphs; None while it is float
     _requested_backend: str | None = None
 
     @classmethod
@@ -133,22 +135,26 @@ class QuantizedLayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Output in the input's dtype. input: float [..., K] or [B, C, h, w]. Gradients reach the input
-        straight through the rounding; the integers themselves get none."""
-        if self._scheme is None:
+        """Output in the input's dtype, under autocast in its dtype. input: float [..., K] or [B, C, h, w].
+
+        Gradients reach the input straight through the rounding; the integers themselves get none.
+        """
+        handle = self._handle
+        if handle is None:
             return super().forward(input)
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.forward(autocast(input))
         if torch.compiler.is_compiling():
-            return _uncompiled(self, input)  # pyright: ignore
-        return self._differentiable(input)
+            return run_compiled(input, handle, self.geometry)
+        if input.requires_grad and torch.is_grad_enabled():
+            return straight_through(input, self._run, self._own_weight, self.geometry)
+        return self._run(input)
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()
         return shown if self._scheme is None else f"{shown}, scheme={self._scheme.name}, backend={self.backend_name}"
-
-    def _differentiable(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
-            return straight_through(x, self._run, self._own_weight, self.geometry)
-        return self._run(x)
 
     def _own_weight(self) -> Tensor:
         return dequantize_weight(self.state(), torch.Size(self.geometry.shape))
@@ -189,6 +195,7 @@ class QuantizedLayer(nn.Module):
         """Take over a state as it is, unchecked; its tensors may be on meta until a loader fills them."""
         self._pack = None
         self._scheme, self._rotation = state.scheme, state.rotation
+        self._handle = new_handle(self)
         for name in PARAMETERS:
             self._parameters.pop(name, None)
             value = getattr(state, name)
@@ -270,16 +277,16 @@ class QuantizedLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle: a packed tensor survives neither, the codes do."""
         state = dict(vars(self))
+        state.pop("_handle", None)
         if self._pack is not None:
             weight = nn.Parameter(self._codes(), requires_grad=False)
             state.update(_pack=None, _parameters={**self._parameters, "weight": weight})
         return state
 
-
-@torch.compiler.disable
-def _uncompiled(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Packed tensors and raw pointers mean nothing to a compiler: it works around this call."""
-    return layer._differentiable(x)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._scheme is not None:
+            self._handle = new_handle(self)
 
 
 def _parent(layer: nn.Module) -> type[nn.Module]:

@@ -1,13 +1,16 @@
 """What the whole job is asked for and what it gives back."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from .artifacts import Plan, Profile, Report
 from .calls import Recording
+from .companions import Companion
 from .correction import DEFAULT
 from .corrections import CORRECTIONS
+from .data_free import PlanLike
 from .tables import LayerTimes
 
 
@@ -16,7 +19,8 @@ class Settings:
     """What to do. keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
     corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
     corrected_layers: how many of those that cause most noise are tried;
-    dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image."""
+    dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image;
+    components: other models of the pipeline to quantize, name -> data-free scheme (none unless asked for)."""
 
     planner: str = "hybrid"
     scheme: str = "w8a8"
@@ -29,18 +33,20 @@ class Settings:
     plan: Plan | None = None
     dtype: torch.dtype | None = None
     seed: int = 0
+    components: Mapping[str, PlanLike] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
     """Everything the job measured and decided. profile: None where none was needed; times: None without a target on
-    speed."""
+    speed; companions: quantized models beside the denoiser."""
 
     recording: Recording
     profile: Profile | None
     plan: Plan
     report: Report
     times: LayerTimes | None = None
+    companions: tuple[Companion, ...] = ()
 
 
 def corrections_of(text: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from .artifacts import Plan, Report
+from .companions import Companion
 from .metrics import told_db
 from .pictures import PictureScores
 from .timing import StepTime, StepTimes
@@ -21,7 +22,7 @@ class Summary:
     """The numbers of one run; None = not measured.
 
     uniform: report of the same model with every layer in the low-precision scheme; cpu: kind of CPU that was timed;
-    file_bytes: of the denoiser's folder as saved, plan and scales included.
+    file_bytes: of the denoiser's folder as saved, plan and scales included; companions: quantized models beside it.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Summary:
     pictures: PictureScores | None = None
     file_bytes: int | None = None
     cpu: str | None = None
+    companions: tuple[Companion, ...] = ()
 
 
 def summary_data(summary: Summary) -> dict[str, Any]:
@@ -60,7 +62,27 @@ def summary_data(summary: Summary) -> dict[str, Any]:
         data["seconds_per_step"] = _times_data(summary.times, summary.cpu)
     if summary.pictures:
         data["pictures"] = summary.pictures.data()
+    if summary.companions:
+        data["components"] = companions_data(summary.companions)
     return data
+
+
+def companions_data(found: Sequence[Companion]) -> dict[str, Any]:
+    """Bytes and schemes of the quantized models beside the denoiser, by name."""
+    return {
+        one.name: {"class": one.kind, "schemes": one.schemes, "fp32_bytes": one.fp32_bytes, "bytes": one.bytes}
+        for one in found
+    }
+
+
+def companion_lines(found: Sequence[Companion]) -> list[tuple[str, str, str]]:
+    """For each quantized model beside the denoiser: its name, its size as fp32, and size and layers now."""
+    return [(one.name, f"{mb(one.fp32_bytes)} fp32", _companion_told(one)) for one in found]
+
+
+def _companion_told(one: Companion) -> str:
+    layers = ", ".join(f"{count} {scheme}" for scheme, count in one.schemes.items())
+    return f"{mb(one.bytes)} = {one.bytes / one.fp32_bytes:.3f}x of fp32; {layers}; not in the SQNR"
 
 
 def size_data(report: Report, file_bytes: int | None = None) -> dict[str, Any]:
@@ -130,11 +152,17 @@ def summary_table(summary: Summary) -> Table:
     table.add_row("int8 multiply-adds", "0 %", f"{100 * report.int8_macs:.1f} %")
     table.add_row("layers", f"{sum(report.schemes.values())} Linear and Conv2d", layer_lines(report))
     table.add_row("calibration", "", calibration_told(report))
-    if report.corrections:
-        kept = sum(trial.kept for trial in report.corrections)
-        tried = len({trial.layer for trial in report.corrections})
-        table.add_row("corrections", "", f"{kept} kept, on the {tried} layers that cause most noise")
+    for row in (*companion_lines(summary.companions), *_correction_lines(report)):
+        table.add_row(*row)
     return table
+
+
+def _correction_lines(report: Report) -> list[tuple[str, str, str]]:
+    if not report.corrections:
+        return []
+    kept = sum(trial.kept for trial in report.corrections)
+    tried = len({trial.layer for trial in report.corrections})
+    return [("corrections", "", f"{kept} kept, on the {tried} layers that cause most noise")]
 
 
 def mb(count: int) -> str:

@@ -120,6 +120,13 @@ def tell(shown: RenderableType, data: dict[str, Any], as_json: bool) -> None:
         console().print(shown)
 
 
+def tell_line(line: str, data: dict[str, Any], as_json: bool) -> None:
+    """A line for people that is never broken (paths and addresses are what people copy), or one JSON object."""
+    if as_json:
+        tell(line, data, as_json)
+    say(line, as_json)
+
+
 def say(text: str, as_json: bool) -> None:
     """A line for people; nothing where machines read."""
     if not as_json:

@@ -80,8 +80,12 @@ def float_parameters(denoiser: nn.Module) -> int:
 
 def stored_bytes(denoiser: nn.Module) -> int:
     """Bytes of the tensors that saving would write: codes, fp32 scales, the float rest in 16 bits."""
-    total = 0
+    total, seen = 0, set[tuple[int, torch.Size]]()
     for name, value in denoiser.state_dict().items():
+        key = (value.data_ptr(), value.shape)
+        if not value.is_meta and value.numel() and key in seen:
+            continue  # tied to one that was counted
+        seen.add(key)
         small = value.dtype == torch.float32 and not name.endswith("_scale") and fits_storage(value)
         total += value.numel() * (STORAGE_DTYPE.itemsize if small else value.element_size())
     return total

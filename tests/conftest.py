@@ -1,5 +1,6 @@
 """Real pipelines, made once: the bundled trained model, and tiny random ones of other kinds."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from diffusers_ldmq.plugin import attach
 from diffusers_ldmq.specs import SCHEMES
 from diffusers_ldmq.tables import Block, LayerInfo, LayerTable
 
+os.environ["LDMQ_CACHE"] = "0"  # what a test computes is computed
 torch.set_num_threads(1)  # models this small gain nothing from more, and lose much where cores are shared
 diffusers_logging.disable_progress_bar()
 diffusers_logging.set_verbosity_error()

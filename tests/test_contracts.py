@@ -185,26 +185,38 @@ ORDER = (
     ("tables",),
     ("artifacts", "calls", "output"),
     ("families", "selections", "observers", "planners", "backends"),
-    ("packing", "gradient", "demands", "offloading"),
+    ("packing", "gradient", "compiled", "demands", "offloading"),
     ("quantized_layer",),
     ("layers", "manifest", "loading"),
-    ("recording", "inputs"),
+    ("recording", "inputs", "headers"),
     ("calibration",),
+    ("fusing",),
+    ("lora",),
+    ("guards",),
     ("quantization", "corrections"),
     ("noise", "curves"),
     ("profiling", "planning", "verification"),
     ("correction",),
-    ("settings",),
-    ("timing", "data_free", "guards"),
+    ("timing", "data_free"),
     ("config",),
+    ("text_layers",),
     ("plugin",),
+    ("twin",),
+    ("companions",),
+    ("settings",),
     ("closed_loop",),
     ("job",),
-    ("checkpoints",),
-    ("pipeline",),
+    ("hub_errors",),
+    ("checkpoints", "components", "request"),
+    ("folders",),
+    ("cache",),
     ("pictures", "drawing", "sampling"),
     ("plots", "network_plots"),
     ("summary",),
+    ("card",),
+    ("card_inputs",),
+    ("hub",),
+    ("pipeline",),
     ("report_tables",),
     ("report",),
     ("report_inputs",),
@@ -212,6 +224,7 @@ ORDER = (
     ("demo",),
     ("arguments",),
     ("terminal",),
+    ("cli_use",),
     ("cli",),
     ("__main__",),
 )
@@ -313,6 +326,9 @@ before = state()
 import diffusers_ldmq
 assert state() == before
 assert "ldmq" in auto.AUTO_QUANTIZER_MAPPING and "ldmq" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers import auto as transformers_auto
+assert "ldmq" in transformers_auto.AUTO_QUANTIZER_MAPPING
+assert "ldmq" in transformers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING
 unwanted = {"matplotlib", "torchmetrics", "typer", "rich"} & {name.split(".")[0] for name in sys.modules}
 assert not unwanted, unwanted
 """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusers_ldmq.corrections import CORRECTIONS, LayerInputs
 from diffusers_ldmq.corrections.contract import rebuild
+from diffusers_ldmq.guards import guard
 from diffusers_ldmq.layers import quantize_layer
 from diffusers_ldmq.metrics import sqnr
 from diffusers_ldmq.quantization import replace_layer
@@ -80,3 +81,34 @@ def test_a_fused_lora_is_the_float_layers(name: str, correction: str, denoiser_o
     twin = copy.deepcopy(layer)
     twin.weight.data += delta
     assert sqnr(twin(x) - layer(x), dense(x) - before) > 90
+
+
+@pytest.mark.parametrize("correction", ["smooth", "rotate", "low-rank"])
+@pytest.mark.parametrize("name", list(LORA_TARGETS))
+def test_fusing_keeps_the_correction_and_unfusing_restores_every_bit(
+    name: str, correction: str, denoiser_of: Callable[[str], Any]
+) -> None:
+    """The sum is quantized in the correction's own coordinates; the codes hold what the branch leaves of it."""
+    denoiser = denoiser_of("bundled")
+    guard(denoiser)
+    layer = denoiser.get_submodule(name)
+    x = loud_input(layer)
+    state = corrected(layer, correction, x)
+    before = state.tensors()
+    replace_layer(denoiser, name, quantize_layer(layer, state))
+    truth = layer(x).detach() + lora_effect(denoiser, name, x)
+    noise = sqnr(layer(x), denoiser.get_submodule(name)(x))
+    assert sqnr(truth, layer(x)) < noise - 12  # so that a lost adapter shows
+    torch.manual_seed(3)
+    denoiser.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, target_modules=[name], init_lora_weights=False))
+    denoiser.fuse_lora()
+    after = denoiser.get_submodule(name).base_layer.state()
+    assert after.rotation == state.rotation
+    kept = before.keys() - {"weight", "weight_scale"}
+    assert all(torch.equal(after.tensors()[key], before[key]) for key in kept)
+    with torch.no_grad():
+        assert sqnr(truth, denoiser.get_submodule(name)(x)) > noise - 6
+    denoiser.unfuse_lora()
+    held = denoiser.get_submodule(name).base_layer.state().tensors()
+    assert held.keys() == before.keys()
+    assert all(torch.equal(held[key], before[key]) for key in before)

@@ -1,16 +1,20 @@
 """Tensors of checkpoints: every damage is refused, naming the tensor."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from damaged_files import FILE, INTACT, Tensors, edited, key_of, refused, with_value
 from diffusers import UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_ldmq import calibrate, make_plan, quantize
+from diffusers_ldmq.errors import CheckpointError
 from diffusers_ldmq.families import layer_table
 from diffusers_ldmq.plugin import attach
 
@@ -125,3 +129,63 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     (folder / FILE).write_bytes(content[: len(content) // 2])
     with pytest.raises((OSError, ValueError)):
         UNet2DModel.from_pretrained(folder)
+
+
+def sharded(target: Path, change: Callable[[dict[str, str], Tensors, Path], object]) -> Path:
+    """The checkpoint in two files; `change` edits the index, the second file's tensors, or the folder."""
+    folder = target / "sharded"
+    shutil.copytree(INTACT, folder)
+    tensors = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    names = sorted(tensors)
+    first, second = names[: len(names) // 2], names[len(names) // 2 :]
+    index = {name: f"part-{1 if name in first else 2}.safetensors" for name in names}
+    rest = {name: tensors[name] for name in second}
+    change(index, rest, folder)
+    save_file({name: tensors[name] for name in first}, folder / "part-1.safetensors", {"format": "pt"})
+    save_file(rest, folder / "part-2.safetensors", {"format": "pt"})
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+    return folder
+
+
+def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+    whole, parts = (UNet2DModel.from_pretrained(f).state_dict() for f in (INTACT, sharded(tmp_path, lambda *_: None)))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+INDEX_DAMAGES: dict[str, tuple[Callable[[dict[str, str], Tensors, Path], object], str]] = {
+    "missing file": (lambda index, *_: index.update(conv_out="part-3.safetensors"), "part-3.safetensors"),
+    "outside": (lambda index, *_: index.update(conv_out="../part-1.safetensors"), "parent-directory reference"),
+    "left out": (lambda index, *_: index.pop("conv_in.bias"), "'conv_in', tensor 'bias': the file lacks this tensor"),
+    "ghost": (lambda index, *_: index.update(ghost="part-1.safetensors"), "'ghost': the checkpoint holds this tensor"),
+    "twice": (
+        lambda index, rest, _: rest.update({"conv_in.bias": torch.zeros(8)}),
+        "'conv_in', tensor 'bias': two files of the checkpoint hold this tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", list(INDEX_DAMAGES))
+def test_a_damaged_index_is_refused(damage: str, tmp_path: Path) -> None:
+    change, match = INDEX_DAMAGES[damage]
+    with pytest.raises((ValueError, OSError), match=match):
+        UNet2DModel.from_pretrained(sharded(tmp_path, change))
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(INTACT, folder)
+    tensors = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    torch.save(tensors, folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="model.bin: quantized models are read from safetensors"):
+        UNet2DModel.from_pretrained(folder)
+
+
+def test_float_weights_under_a_quantized_models_config_say_so_g24(tmp_path: Path) -> None:
+    quantized = UNet2DModel.from_pretrained(INTACT)
+    plain: Any = UNet2DModel.from_config(quantized.config)
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds no scales at all.*remove its 'quantization_config' entry"):
+        UNet2DModel.from_pretrained(tmp_path)

@@ -44,6 +44,12 @@ def test_sheet_enlarges_small_pictures_pixel_by_pixel(tmp_path: Path) -> None:
         comparison_sheet(tmp_path / "bad.png", {"float": [small], "other": []}, ["x"])
 
 
+def test_a_caption_of_several_lines_becomes_one(tmp_path: Path) -> None:
+    for name, caption in (("one", "a red apple"), ("two", "a red\n\tapple")):
+        comparison_sheet(tmp_path / name, {"float": [picture((1, 2, 3))]}, [caption])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
 def test_sheet_reduces_large_pictures(tmp_path: Path) -> None:
     comparison_sheet(tmp_path / "sheet.png", {"float": [picture((1, 2, 3), (2048, 1024))]}, ["x"])
     assert Image.open(tmp_path / "sheet.png").width < 3 * CELL

@@ -2,16 +2,26 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDPMPipeline,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
+from tiny_pipelines import INPUTS, MAKERS
+from tiny_pipelines import picture as draw
 from torch import Tensor
 
-from diffusers_ldmq import Plan, QuantizedLDMPipeline, Report, make_plan
+from diffusers_ldmq import LDMQConfig, Plan, QuantizedLDMPipeline, Report, make_plan
 from diffusers_ldmq.checkpoints import stored_config
 from diffusers_ldmq.demo import demo_model
 from diffusers_ldmq.errors import LDMQError, OutputError, PlanError, RecordingError
@@ -118,6 +128,16 @@ def test_a_loaded_pipeline_saves_the_same_bytes_again(quantized_pixel: Path, tmp
         assert (tmp_path / name).read_bytes() == (quantized_pixel / name).read_bytes()
 
 
+def test_a_pipeline_passes_shards_and_variant_on_to_its_quantized_part(quantized_pixel: Path, tmp_path: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel)
+    pipe.save_pretrained(tmp_path, max_shard_size="10KB", variant="int8")
+    names = {path.name for path in (tmp_path / "unet").iterdir()}
+    assert "diffusion_pytorch_model.safetensors.index.int8.json" in names
+    assert len(names) > 3
+    assert all("int8" in name for name in names - {"config.json"})
+    assert torch.equal(picture(QuantizedLDMPipeline.from_pretrained(tmp_path, variant="int8")), picture(pipe))
+
+
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
 def test_it_loads_at_the_verified_dtype_unless_told_otherwise(
     dtype: Any, expected: torch.dtype, quantized_pixel: Path
@@ -208,8 +228,6 @@ def test_a_pipeline_without_a_denoiser_is_refused(float_folder: Path, make: Make
 
 
 def test_a_damaged_checkpoint_ends_in_one_line(quantized_pixel: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "damaged"
     shutil.copytree(quantized_pixel, folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -250,3 +268,117 @@ def test_keywords_of_settings_and_of_diffusers_are_taken_as_such(float_folder: P
 def test_the_bundled_models_word_stands_for_it(tmp_path: Path) -> None:
     assert isinstance(load_pipeline("emoji-sd"), StableDiffusionPipeline)
     assert stored_config("emoji-sd") is None
+
+
+@pytest.fixture(scope="module")
+def float_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion on disk; tests must not change it."""
+    folder = tmp_path_factory.mktemp("sd") / "model"
+    MAKERS["sd"]().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized_sd(float_sd: Path) -> Any:
+    """That model quantized; tests must not change it."""
+    return QuantizedLDMPipeline.from_pretrained(float_sd, "uniform", inputs=INPUTS["sd"])
+
+
+def parts(pipe: Any) -> dict[str, Any]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def test_diffusers_own_from_pipe_takes_and_gives_back_a_quantized_pipeline(quantized_sd: Any) -> None:
+    """G26: X.from_pipe(quantized) casts to fp32 unless told otherwise."""
+    there = StableDiffusionImg2ImgPipeline.from_pipe(quantized_sd)
+    assert type(there) is StableDiffusionImg2ImgPipeline
+    assert parts(there) == parts(quantized_sd)
+    assert draw(there, "img2img").isfinite().all()
+    back = StableDiffusionPipeline.from_pipe(there)
+    assert torch.equal(draw(back, "sd"), draw(quantized_sd, "sd"))
+
+
+def test_from_pipe_of_a_bf16_model_needs_its_dtype_in_diffusers_and_nothing_in_ours(float_sd: Path) -> None:
+    """G26: without torch_dtype= diffusers asks for fp32, which a quantized model refuses in words."""
+    pipe = QuantizedLDMPipeline.from_pretrained(float_sd, "uniform", inputs=INPUTS["sd"], dtype=torch.bfloat16)
+    with pytest.raises(LDMQError, match="is not cast to torch.float32: load it again with torch_dtype"):
+        StableDiffusionImg2ImgPipeline.from_pipe(deepcopy(pipe))  # diffusers casts the others before it comes to ours
+    told = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
+    both = QuantizedLDMPipeline.from_pipe(told)
+    assert parts(told) == parts(both) == parts(pipe)
+    assert isinstance(both, StableDiffusionImg2ImgPipeline)
+    assert {part.dtype for part in parts(both).values()} == {torch.bfloat16}
+    assert draw(both, "img2img").isfinite().all()
+
+
+def test_a_built_class_makes_its_own_kind_of_any_pipeline(quantized_sd: Any, float_sd: Path) -> None:
+    there = QuantizedLDMPipeline.from_pipe(StableDiffusionImg2ImgPipeline.from_pipe(quantized_sd))
+    back = type(quantized_sd).from_pipe(there)
+    assert type(back) is type(quantized_sd)
+    assert parts(back) == parts(quantized_sd)
+    other = type(there).from_pretrained(float_sd, "uniform", inputs=INPUTS["img2img"])
+    assert type(other) is type(there)
+    quantized = type(there).from_pipe(MAKERS["sd"](), "uniform", inputs=INPUTS["img2img"])
+    assert type(quantized) is type(there)
+    assert torch.equal(draw(quantized, "img2img"), draw(other, "img2img"))
+
+
+def test_what_quantizes_is_refused_for_a_quantized_pipeline(quantized_sd: Any) -> None:
+    with pytest.raises(LDMQError, match="is quantized already; leave plan, target, prompts out to share"):
+        QuantizedLDMPipeline.from_pipe(quantized_sd, "hybrid", "sqnr>=30dB", prompts=["red apple"])
+    with pytest.raises(LDMQError, match=r"is quantized at torch\.float32 and cannot be cast; load its checkpoint with"):
+        QuantizedLDMPipeline.from_pipe(quantized_sd, dtype=torch.bfloat16)
+    assert QuantizedLDMPipeline.from_pipe(quantized_sd, dtype=torch.float32).unet is quantized_sd.unet
+
+
+def test_components_given_to_from_pipe_are_checked_by_name(quantized_sd: Any) -> None:
+    with pytest.raises(LDMQError, match="takes no keyword 'vea'.*it has .*unet, vae"):
+        QuantizedLDMPipeline.from_pipe(quantized_sd, vea=quantized_sd.vae)
+    vae = MAKERS["sd"]().vae
+    assert QuantizedLDMPipeline.from_pipe(quantized_sd, vae=vae).vae is vae
+
+
+def test_a_plan_of_another_denoiser_is_not_carried_over(quantized_sd: Any) -> None:
+    assert QuantizedLDMPipeline.from_pipe(quantized_sd).plan == quantized_sd.plan
+    other = deepcopy(quantized_sd.unet)
+    assert QuantizedLDMPipeline.from_pipe(quantized_sd, unet=other).plan is None
+
+
+def test_quantizing_a_pipe_with_corrections_and_a_dtype_changes_nothing_of_it() -> None:
+    pipe = MAKERS["sd"]()
+    before = {(n, k): v.clone() for n, part in parts(pipe).items() for k, v in part.state_dict().items()}
+    owned = parts(pipe)
+    made = QuantizedLDMPipeline.from_pipe(
+        pipe, inputs=INPUTS["sd"], corrections="auto", corrected_layers=2, dtype=torch.bfloat16
+    )
+    assert {part.dtype for part in parts(made).values()} == {torch.bfloat16}
+    assert parts(pipe) == owned
+    for name, part in parts(pipe).items():
+        for key, value in part.state_dict().items():
+            assert value.dtype == before[name, key].dtype
+            assert torch.equal(value, before[name, key]), (name, key)
+    assert not quantized_layers(pipe.unet)
+
+
+def test_a_quantization_config_with_an_unknown_component_is_refused_and_one_for_the_vae_is_kept(float_sd: Path) -> None:
+    def config(name: str) -> Any:
+        mapping: Any = {name: LDMQConfig("w8a16")}
+        return PipelineQuantizationConfig(quant_mapping=mapping)
+
+    common: Any = {"plan": "uniform", "inputs": INPUTS["sd"]}
+    with pytest.raises(LDMQError, match="names a component 'uent', which .* lacks; it has .*unet, vae"):
+        QuantizedLDMPipeline.from_pretrained(float_sd, **common, quantization_config=config("uent"))
+    with pytest.raises(LDMQError, match="names 'unet', the denoiser"):
+        QuantizedLDMPipeline.from_pretrained(float_sd, **common, quantization_config=config("unet"))
+    pipe = QuantizedLDMPipeline.from_pretrained(float_sd, **common, quantization_config=config("vae"))
+    assert quantized_layers(pipe.vae)
+    assert quantized_layers(pipe.unet)
+
+
+def test_a_component_that_the_class_has_and_the_folder_lacks_may_be_given(float_sd: Path, tmp_path: Path) -> None:
+    shutil.copytree(float_sd, tmp_path / "old")
+    index = json.loads((tmp_path / "old" / "model_index.json").read_text())
+    index.pop("image_encoder")
+    (tmp_path / "old" / "model_index.json").write_text(json.dumps(index))
+    common: Any = {"plan": "uniform", "inputs": INPUTS["sd"]}
+    assert QuantizedLDMPipeline.from_pretrained(tmp_path / "old", **common, image_encoder=None).image_encoder is None

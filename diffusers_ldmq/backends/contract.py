@@ -33,7 +33,10 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, x: Tensor, packed: Any) -> Tensor:
-        """The layer's output in x.dtype. x: float [..., K] (Linear) or [B, C, h, w] (Conv2d)."""
+        """The layer's output in x.dtype. x: float [..., K] (Linear) or [B, C, h, w] (Conv2d), any strides.
+
+        A Linear's output is contiguous, a Conv2d's channels_last: compilers plan with strides before a backend runs.
+        """
 
 
 BACKENDS: Registry[Backend] = Registry("backend")

@@ -38,16 +38,25 @@ class Reference(Backend):
         return packed.state.weight
 
     def run(self, x: Tensor, packed: PlainLayer) -> Tensor:
-        state, geometry = packed
-        if not state.scheme.is_integer:
-            weight = dequantize_weight(state, torch.Size(geometry.shape)).to(x.dtype)
-            return dense(x, weight, None if state.bias is None else state.bias.to(x.dtype), geometry)
-        out = integer_output(x, state, geometry)
-        if state.low_rank_a is not None and state.low_rank_b is not None:
-            out += low_rank_output(x.float(), state.low_rank_a.float(), state.low_rank_b.float(), geometry)
-        if state.bias is not None:
-            out += output_vector(state.bias.float(), geometry)
-        return out.to(x.dtype)
+        return arranged(_output(x, *packed), packed.geometry.is_conv)
+
+
+def _output(x: Tensor, state: LayerState, geometry: Geometry) -> Tensor:
+    if not state.scheme.is_integer:
+        weight = dequantize_weight(state, torch.Size(geometry.shape)).to(x.dtype)
+        return dense(x, weight, None if state.bias is None else state.bias.to(x.dtype), geometry)
+    out = integer_output(x, state, geometry)
+    if state.low_rank_a is not None and state.low_rank_b is not None:
+        out += low_rank_output(x.float(), state.low_rank_a.float(), state.low_rank_b.float(), geometry)
+    if state.bias is not None:
+        out += output_vector(state.bias.float(), geometry)
+    return out.to(x.dtype)
+
+
+def arranged(out: Tensor, is_conv: bool) -> Tensor:
+    """The same values in the strides that a layer's output always has: a Conv2d's is channels_last."""
+    batched = is_conv and out.dim() == 4
+    return out.contiguous(memory_format=torch.channels_last if batched else torch.contiguous_format)
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -64,11 +73,12 @@ def low_rank_output(x: Tensor, a: Tensor, b: Tensor, geometry: Geometry) -> Tens
 
 
 def dense_gradient(grad: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
-    """Gradient of `dense` with respect to its input of this `shape`."""
+    """Gradient of `dense` with respect to its input of this `shape`, arranged like an output."""
     if not geometry.is_conv:
-        return grad @ weight
+        return arranged(grad @ weight, is_conv=False)
     g = geometry
-    return conv2d_input(shape, weight, grad, g.stride, g.padding, g.dilation, g.groups)  # pyright: ignore
+    found = conv2d_input(shape, weight, grad, g.stride, g.padding, g.dilation, g.groups)  # pyright: ignore
+    return arranged(found, is_conv=True)
 
 
 def output_vector(value: Tensor, geometry: Geometry) -> Tensor:
