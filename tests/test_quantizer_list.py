@@ -319,7 +319,7 @@ def test_modules_that_a_class_keeps_in_fp32_stay_so(tmp_path: Path) -> None:
         kept = {n: p.dtype for n, p in loaded.named_parameters() if "time_embedder" in n or "scale_shift_table" in n}
         assert set(kept.values()) == {torch.float32}
         assert not [name for name in quantized_layers(loaded) if "time_embedder" in name]
-        assert loaded.blocks[0].attn1.to_q.bias.dtype == torch.bfloat16
+        assert loaded.get_parameter("blocks.0.attn1.to_q.bias").dtype == torch.bfloat16
     assert len(quantized_layers(found)) == len(quantized_layers(again)) > 10
 
 
