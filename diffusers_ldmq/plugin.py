@@ -18,11 +18,11 @@ from .allocator import give_back, release_file_pages
 from .calibration import layer_state
 from .config import NAME, LDMQConfig, LDMQMethod
 from .data_free import schemes_of
-from .errors import CheckpointError, LDMQError
+from .errors import CheckpointError, LDMQError, place
 from .families import quantizable_layers
 from .guards import guard, unguard
 from .layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
-from .loading import check_complete, check_keys, check_shape, more, place, put, refuse_pickles
+from .loading import check_complete, check_keys, check_shape, more, put, refuse_pickles
 from .manifest import entry_of, prepare
 from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
@@ -213,13 +213,19 @@ def config_of(model: Any) -> LDMQConfig:
 
 
 def refuse_adapters(names: Iterable[str]) -> None:
-    """Raise CheckpointError if a tensor of these names is a LoRA's."""
+    """Raise CheckpointError if a tensor of these names is a LoRA's or an IP-Adapter's."""
     adapters = [name for name in names if ".base_layer." in name or ".lora_" in name]
     if adapters:
         raise CheckpointError(
             f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
             f"can load; call unload_lora_weights() first (and fuse_lora() before that to keep what it does), and "
             f"share the LoRA as a file of its own"
+        )
+    pictures = [name for name in names if ".processor." in name and "_ip." in name]
+    if pictures:
+        raise CheckpointError(
+            f"{place(pictures[0])}: an IP-Adapter is loaded, whose tensors belong to no checkpoint; call "
+            f"unload_ip_adapter() first"
         )
 
 

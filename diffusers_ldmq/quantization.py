@@ -59,6 +59,12 @@ def refuse_unfit(denoiser: nn.Module) -> None:
         raise LDMQError(
             "the denoiser carries a LoRA; call unload_lora_weights() or fuse_lora() first, or load the LoRA afterwards"
         )
+    fused = [name for name, module in denoiser.named_modules() if getattr(module, "fused_projections", False)]
+    if fused:
+        raise LDMQError(
+            f"{fused[0]!r} and {len(fused) - 1} other attentions have joined q, k and v, of which no checkpoint "
+            f"tells; call unfuse_qkv_projections() first"
+        )
     refuse_offloaded(denoiser)
 
 

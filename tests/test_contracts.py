@@ -179,7 +179,7 @@ def test_every_scheme_can_be_calibrated_in_every_kind_of_layer(
 
 
 ORDER = (
-    ("errors", "version", "allocator", "progress"),
+    ("errors", "version", "allocator", "progress", "bound"),
     ("specs", "registry", "serialization", "demo/__init__"),
     ("affine", "metrics"),
     ("tables",),
