@@ -62,7 +62,7 @@ class _Called(Exception):  # noqa: N818  (a signal, not an error)
 def model(name: str) -> Model:
     """The denoiser of the tiny pipeline called so."""
     pipe = MAKERS[name]()
-    _, denoiser = find_denoiser(pipe)
+    denoiser: Any = find_denoiser(pipe)[1]
     folder = Path(_scratch().name) / name
     denoiser.save_pretrained(folder)
     return Model(type(denoiser), folder, _first_call(pipe, denoiser, name))

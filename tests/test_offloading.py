@@ -83,8 +83,8 @@ WAYS: dict[str, Callable[[Any, Path], Any]] = {
     "accelerate.dispatch_model": lambda denoiser, path: accelerate.dispatch_model(
         denoiser,
         {child: "cpu" for child, _ in denoiser.named_children()},
-        main_device="cpu",
-        force_hooks=True,  # pyright: ignore[reportArgumentType]
+        main_device=CPU,
+        force_hooks=True,
     ),
 }
 
