@@ -11,6 +11,7 @@ from .calls import Batch, Recording, run
 from .errors import CalibrationError, PlanError
 from .families import fingerprint, quantizable_layers
 from .observers import OBSERVERS, Observer
+from .offloading import refuse_offloaded
 from .progress import Progress
 from .selections import SELECTIONS
 from .specs import LayerState, QuantSpec, Scheme, parse_scheme
@@ -29,9 +30,10 @@ def calibrate(
     calibration set. `recording` may be None if no scheme of the plan has static activations.
 
     Raises PlanError if the plan belongs to another model, CalibrationError if a layer was never called, saw NaN,
-    or its weight holds NaN.
+    or its weight holds NaN, LDMQError for an offloaded denoiser.
     """
     check_plan(plan, denoiser)
+    refuse_offloaded(denoiser)
     layers = quantizable_layers(denoiser)
     schemes = {name: parse_scheme(scheme) for name, scheme in plan.quantized().items()}
     static = [name for name, scheme in schemes.items() if scheme.is_static]

@@ -9,6 +9,7 @@ from torch import nn
 
 from .errors import LDMQError
 from .families import FAMILIES, uncompiled
+from .offloading import refuse_offloaded
 
 
 def assembled(base: Any, pipe: Any, given: dict[str, Any]) -> Any:
@@ -59,7 +60,8 @@ def assembled(base: Any, pipe: Any, given: dict[str, Any]) -> Any:
 
 def shared_copy(module: nn.Module) -> nn.Module:
     """A module of its own that holds the same weights in the same memory: replacing or casting its layers leaves the
-    original as it is, and takes memory only for what is new."""
+    original as it is, and takes memory only for what is new. Raises LDMQError for an offloaded one."""
+    refuse_offloaded(module)  # its hooks cannot be copied
     memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
     for parameter in module.parameters():
         plain = type(parameter) is nn.Parameter

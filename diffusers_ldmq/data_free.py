@@ -17,8 +17,12 @@ from .specs import SCHEMES, parse_scheme
 
 PlanLike = str | os.PathLike[str] | Plan | dict[str, Any]
 
-OTHERS_KEEP_FLOAT = r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv|lm_head|text_projection|visual_projection)$"
-"""What stays float in models that are no denoisers we know (autoencoders, ControlNets, text encoders): their ends."""
+OTHERS_KEEP_FLOAT = (
+    r"(^|\.)(conv_in|conv_out|quant_conv|post_quant_conv|lm_head|text_projection|visual_projection|time_emb_proj)$"
+    r"|\.norm\w*\.(linear|emb\.)|^(\w*embed\w*|time_proj|adaln\w*|caption_projection|\w+_in|proj_out|norm_out|head)(\.|$)"
+)
+"""What stays float in models that are no denoisers we know (autoencoders, ControlNets, text encoders, the newest
+transformers): their ends and what embeds time and conditions."""
 
 
 def plan_data(plan: PlanLike | None) -> Any:

@@ -31,3 +31,9 @@ class BackendError(LDMQError):
 
 class OutputError(LDMQError):
     """A result could not be written where the user asked for it."""
+
+
+def place(key: str) -> str:
+    """A tensor's name in words."""
+    module, _, tensor = key.rpartition(".")
+    return f"module {module!r}, tensor {tensor!r}" if module else f"tensor {tensor!r}"

@@ -10,13 +10,13 @@ codes meanwhile. peft is imported where it is needed: without it no model has ad
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .affine import dequantize_weight, quantize_weight, weight_to_quantize
+from .bound import Bound
 from .calibration import weight_scales
 from .errors import LDMQError
 from .layers import QuantizedLayer, quantize_layer
@@ -127,7 +127,7 @@ def _keep(layer: Any, kept: Unfused | None) -> None:
     before = vars(layer).pop(KEPT, None)
     vars(layer).pop("unmerge", None)
     if kept is not None:
-        vars(layer).update({KEPT: kept, "unmerge": partial(unfuse, layer)})
+        vars(layer).update({KEPT: kept, "unmerge": Bound(unfuse, layer)})
     if kept is not None or before is not None:
         vars(layer.base_layer)[FUSED] = kept is not None or before.is_fused
 

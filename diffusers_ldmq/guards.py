@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from .bound import Bound
 from .errors import LDMQError
 from .layers import quantized_layers
 from .lora import add_adapter, fuse_lora, load_lora_adapter, show_float_shapes, update_manifest
@@ -17,8 +18,7 @@ from .lora import add_adapter, fuse_lora, load_lora_adapter, show_float_shapes, 
 REFUSALS = {
     "enable_layerwise_casting": "layerwise casting would cast biases and the float rest below 16 bits and leave the "
     "integers as they are; use group offloading to save memory",
-    "fuse_qkv_projections": "q, k and v hold integers with scales of their own and cannot be joined; fuse the float "
-    "model and quantize that",
+    "fuse_qkv_projections": "q, k and v hold integers with scales of their own and cannot be joined; leave them apart",
 }
 """Method -> why a quantized model does not do it, and what to do instead."""
 
@@ -28,10 +28,12 @@ COPYING = {
     "ControlNetXSAdapter": "from_unet",
     "FluxControlNetModel": "from_transformer",
     "HunyuanDiT2DControlNetModel": "from_transformer",
+    "QwenImageControlNetModel": "from_transformer",
     "SD3ControlNetModel": "from_transformer",
     "SparseControlNetModel": "from_unet",
     "UNetControlNetXSModel": "from_unet",
     "UNetMotionModel": "from_unet2d",
+    "ZImageControlNetModel": "from_transformer",
 }
 """Classes of diffusers that copy a denoiser's weights into float layers of their own, and the method that does."""
 
@@ -56,9 +58,7 @@ def guard(model: nn.Module) -> None:
             setattr(model, name, Refusal(f"{name}() is not possible on a quantized {kind.__name__}: {why}"))
     for name, function in _replacements().items():
         if hasattr(kind, name):
-            setattr(model, name, functools.partial(function, model))
-    if hasattr(kind, "save_pretrained"):  # pipelines pass variant= and max_shard_size= on where the signature has them
-        vars(model)["save_pretrained"].__wrapped__ = kind.save_pretrained
+            setattr(model, name, Bound(function, model))
     _guard_copying()
     show_float_shapes()
 
@@ -102,8 +102,9 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 f"the autoencoder without quantization_config"
             )
         raise LDMQError(
-            f"a quantized {type(model).__name__} in {own} is not cast to {dtype}: load it again with "
-            f"torch_dtype={dtype} (integers and scales stay what they are), or call dequantize() first"
+            f"a quantized {type(model).__name__} in {own} is not cast to {dtype}: load it, and the pipeline around it, "
+            f"again with torch_dtype={dtype} (integers and scales stay what they are), or call dequantize() first; "
+            f"from_pipe casts unless told torch_dtype={own}, QuantizedLDMPipeline.from_pipe does not"
         )
     return model
 
@@ -137,6 +138,14 @@ def save_pretrained(
     return type(model).save_pretrained(model, *args, **given, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def enable_group_offload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """As the class's own, of the integers themselves: it moves and saves what a layer holds, and a layer that was
+    called already holds a stand-in for them."""
+    for layer in quantized_layers(model).values():
+        layer._restore()
+    type(model).enable_group_offload(model, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+
+
 def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """As the class's own, with two 4-bit weights in a byte counted as two."""
     kwargs = {"only_trainable": only_trainable, "exclude_embeddings": exclude_embeddings}
@@ -149,8 +158,9 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
 
 def _replacements() -> dict[str, Callable[..., Any]]:
     casts = {name: functools.partial(_cast_as, dtype) for name, dtype in CASTS.items()}
-    own = (to, requires_grad_, save_pretrained, num_parameters, fuse_lora, add_adapter, load_lora_adapter)
-    return {**casts, **{function.__name__: function for function in own}}
+    own = (to, requires_grad_, save_pretrained, enable_group_offload, num_parameters)
+    lora = (fuse_lora, add_adapter, load_lora_adapter)
+    return {**casts, **{function.__name__: function for function in (*own, *lora)}}
 
 
 def _cast_as(dtype: torch.dtype, model: nn.Module) -> nn.Module:

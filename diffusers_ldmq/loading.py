@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from .affine import unpack_int4
-from .errors import CheckpointError, LDMQError
+from .errors import CheckpointError, LDMQError, place
+from .packing import check_codes, leave_unread
 from .quantized_layer import QuantizedLayer
 from .specs import check_state, tensor_specs
+
+LARGE = 2**20
+"""Bytes from which on int8 codes are looked at when they are packed, which reads them anyway: reading them twice would
+take most of the time of loading a model that is mapped."""
 
 
 def check_keys(expected: Iterable[str], found: Iterable[str], ignored: Iterable[str] = ()) -> None:
@@ -57,7 +62,9 @@ def put(model: nn.Module, name: str, raw: Tensor, cast: Tensor, device: torch.de
     check_values(name, raw, module)
     placed = (raw if exact is not None else cast).to(device)
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(placed, requires_grad=exact is None)
+        module._parameters[leaf] = weight = nn.Parameter(placed, requires_grad=exact is None)
+        if raw.dtype == torch.int8 and raw.nbytes >= LARGE:
+            leave_unread(weight, name)
     else:
         module._buffers[leaf] = placed.clone()  # or this small tensor would hold the whole mapped file
 
@@ -107,18 +114,13 @@ def check_values(name: str, value: Tensor, module: nn.Module) -> None:
         spec = module.scheme.activation
         if spec is not None and not spec.qmin <= int(value) <= spec.qmax:
             raise CheckpointError(f"{place(name)}: zero point {int(value)}, outside {spec.qmin}..{spec.qmax}; damaged")
-    elif value.dtype == torch.int8 and value.numel() and int(value.min()) == -128:
-        raise CheckpointError(f"{place(name)}: holds the code -128, outside -127..127; the file is damaged")
+    elif value.dtype == torch.int8 and value.nbytes < LARGE:
+        leave_unread(value, name)
+        check_codes(value)
     elif value.dtype == torch.uint8 and isinstance(module, QuantizedLayer):
         columns = module.geometry.columns
         if columns % 2 and not (unpack_int4(value[:, -1:], 2)[:, 1] == 0).all():
             raise CheckpointError(f"{place(name)}: a padding nibble is not 8; the file is damaged")
-
-
-def place(key: str) -> str:
-    """A tensor's name in words."""
-    module, _, tensor = key.rpartition(".")
-    return f"module {module!r}, tensor {tensor!r}" if module else f"tensor {tensor!r}"
 
 
 def more(keys: list[str]) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .errors import CheckpointError, place
 
 # A stand-in is filled with what real codes are not: int8 codes stop at -127, and no weight has -8 as its
 # every 4-bit code. So a stand-in is still known as one after somebody copied it to another device.
@@ -23,6 +24,21 @@ class Pack:
     device: torch.device
     stand_in: Tensor  # kept alive, so that its address is nobody else's
     made_of: tuple[tuple[str, Tensor | None, int | None, int], ...]  # name, tensor, version, address
+
+
+_UNREAD = "_name_in_file"
+
+
+def leave_unread(weight: Tensor, name: str) -> None:
+    """Note that nobody has looked at these int8 codes of a file yet, in which they are called `name`."""
+    setattr(weight, _UNREAD, name)
+
+
+def check_codes(weight: Tensor) -> None:
+    """Raise CheckpointError if the weight's int8 codes were left unread and hold what none can."""
+    name = vars(weight).pop(_UNREAD, None)
+    if name is not None and weight.numel() and int(weight.min()) == -128:
+        raise CheckpointError(f"{place(name)}: holds the code -128, outside -127..127; the file is damaged")
 
 
 def make_stand_in(weight: Tensor) -> Tensor:

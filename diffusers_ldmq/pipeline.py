@@ -34,6 +34,7 @@ from .folders import as_saved, denoiser_loader, load_pipeline, save_pipeline, st
 from .job import Outcome, Settings, quantize_pipeline, settle
 from .layers import quantized_layers
 from .output import folder_into
+from .quantization import refuse_unfit
 from .request import Request
 
 __all__ = [
@@ -252,6 +253,7 @@ def _quantized(pipe: Any, request: Request) -> Any:
     request.refuse_dtype()
     refuse_compiled(pipe)
     name, denoiser = find_denoiser(pipe)
+    refuse_unfit(denoiser)
     cast = pipe.components if request.settings.dtype else [name]
     models = {n: uncompiled(c) for n, c in pipe.components.items() if n in cast and isinstance(c, torch.nn.Module)}
     pipe.register_modules(**{n: shared_copy(model) for n, model in models.items()})

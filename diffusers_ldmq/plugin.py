@@ -14,22 +14,29 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from .allocator import give_back, release_file_pages
 from .calibration import layer_state
 from .config import NAME, LDMQConfig, LDMQMethod
 from .data_free import schemes_of
-from .errors import CheckpointError, LDMQError
+from .errors import CheckpointError, LDMQError, place
 from .families import quantizable_layers
 from .guards import guard, unguard
 from .layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers
-from .loading import check_complete, check_keys, check_shape, more, place, put, refuse_pickles
+from .loading import check_complete, check_keys, check_shape, more, put, refuse_pickles
 from .manifest import entry_of, prepare
 from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
+
+LARGE = 2**20
+"""Bytes of a weight that are worth being given back to the system at once."""
 
 
 class LDMQQuantizer(DiffusersQuantizer):
     """Loads our checkpoints strictly: every tensor that the manifest names, at its dtype and shape, and no other.
     Float models it quantizes layer by layer as their tensors arrive, so that both are never in memory at once."""
+
+    use_keep_in_fp32_modules = True
+    """diffusers is to honour a class's list of modules that stay fp32 whatever dtype is asked for."""
 
     def __init__(self, quantization_config: LDMQConfig, **kwargs: Any) -> None:
         config = LDMQConfig(**quantization_config.to_dict())  # never share or change the caller's object
@@ -57,8 +64,13 @@ class LDMQQuantizer(DiffusersQuantizer):
                 "device_map puts parts of the model on disk, where diffusers would write them unquantized and cast; "
                 "leave them on 'cpu', or give more max_memory"
             )
-        if _flashpack_is_asked_for():
+        if _caller_has("use_flashpack"):
             raise LDMQError("use_flashpack=True skips quantizing altogether; load safetensors files instead")
+        if self.pre_quantized and _caller_has("quantization_config"):
+            raise LDMQError(
+                "this checkpoint is quantized already, as its config.json says; leave quantization_config out to load "
+                "it, or give the original float model to quantize anew"
+            )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         if self.pre_quantized:
@@ -73,6 +85,8 @@ class LDMQQuantizer(DiffusersQuantizer):
             check_keys(model.state_dict(), found, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
         else:
             self.wanted = schemes_of(self.config.plan, model, self.config.modules_to_not_convert)
+            kept = set(kwargs.get("keep_in_fp32_modules") or ())
+            self.wanted = {name: scheme for name, scheme in self.wanted.items() if not kept & set(name.split("."))}
             missing = sorted(set(model.state_dict()) - set(found))
             if missing:
                 raise CheckpointError(
@@ -114,6 +128,9 @@ class LDMQQuantizer(DiffusersQuantizer):
     def _quantize(self, name: str, layer: QuantizedLayer, weight: Tensor) -> None:
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         layer.adopt(layer_state(name, layer, parse_scheme(self.wanted[name]), None))
+        if weight.nbytes >= LARGE:  # or the float file and what is freed meanwhile would pile up beside the integers
+            release_file_pages(weight)
+            give_back()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_complete(model, quantized_layers(model))
@@ -140,8 +157,11 @@ class LDMQQuantizer(DiffusersQuantizer):
         return {name: stored(name, value) for name, value in state_dict.items()}, {}
 
     def _dequantize(self, model: Any) -> Any:
-        for name, layer in quantized_layers(model).items():
-            replace_layer(model, name, layer.dequantize())
+        layers = quantized_layers(model)
+        biases = (layer.bias for layer in layers.values())
+        dtype = next((bias.dtype for bias in biases if isinstance(bias, Tensor)), model.dtype)
+        for name, layer in layers.items():
+            replace_layer(model, name, layer.dequantize(dtype))
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model._internal_dict)(config)
         unguard(model)
@@ -193,13 +213,19 @@ def config_of(model: Any) -> LDMQConfig:
 
 
 def refuse_adapters(names: Iterable[str]) -> None:
-    """Raise CheckpointError if a tensor of these names is a LoRA's."""
+    """Raise CheckpointError if a tensor of these names is a LoRA's or an IP-Adapter's."""
     adapters = [name for name in names if ".base_layer." in name or ".lora_" in name]
     if adapters:
         raise CheckpointError(
             f"{place(adapters[0])}: a LoRA is attached, and saving it with the integers gives a file that nobody "
             f"can load; call unload_lora_weights() first (and fuse_lora() before that to keep what it does), and "
             f"share the LoRA as a file of its own"
+        )
+    pictures = [name for name in names if ".processor." in name and "_ip." in name]
+    if pictures:
+        raise CheckpointError(
+            f"{place(pictures[0])}: an IP-Adapter is loaded, whose tensors belong to no checkpoint; call "
+            f"unload_ip_adapter() first"
         )
 
 
@@ -211,6 +237,7 @@ def empty_like(layer: nn.Module) -> QuantizedLayer:
     return new
 
 
-def _flashpack_is_asked_for() -> bool:
-    """diffusers tells quantizers nothing of use_flashpack, which skips them: the model would stay float in silence."""
-    return bool(sys._getframe(2).f_locals.get("use_flashpack"))
+def _caller_has(argument: str) -> bool:
+    """Whether from_pretrained was given this argument. diffusers does not tell quantizers of use_flashpack, which skips
+    them, nor of a quantization_config for a quantized checkpoint, which it drops: both would go wrong in silence."""
+    return bool(sys._getframe(2).f_locals.get(argument))

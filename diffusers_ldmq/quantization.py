@@ -11,6 +11,7 @@ from .calibration import check_plan
 from .errors import LDMQError
 from .guards import refuse_saving
 from .layers import quantize_layer, quantized_layers
+from .offloading import refuse_offloaded
 from .progress import Progress
 
 
@@ -58,8 +59,13 @@ def refuse_unfit(denoiser: nn.Module) -> None:
         raise LDMQError(
             "the denoiser carries a LoRA; call unload_lora_weights() or fuse_lora() first, or load the LoRA afterwards"
         )
-    if any(parameter.is_meta for parameter in denoiser.parameters()):
-        raise LDMQError("the denoiser's weights are on the meta device (offloaded); load it without offloading")
+    fused = [name for name, module in denoiser.named_modules() if getattr(module, "fused_projections", False)]
+    if fused:
+        raise LDMQError(
+            f"{fused[0]!r} and {len(fused) - 1} other attentions have joined q, k and v, of which no checkpoint "
+            f"tells; call unfuse_qkv_projections() first"
+        )
+    refuse_offloaded(denoiser)
 
 
 STORAGE_DTYPE = torch.float16

@@ -20,7 +20,7 @@ from .backends import Backend, choose_backend
 from .compiled import new_handle, run_compiled
 from .errors import BackendError, LDMQError
 from .gradient import autocast, straight_through
-from .packing import Pack, identity, is_current, is_stand_in, leave_file, make_stand_in
+from .packing import Pack, check_codes, identity, is_current, is_stand_in, leave_file, make_stand_in
 from .specs import Geometry, LayerState, Scheme, check_rotation, check_state, geometry_of, parse_scheme, tensor_specs
 
 # bias before weight: pipelines read the dtype of a module's first parameter and must not find integers
@@ -178,6 +178,7 @@ class QuantizedLayer(nn.Module):
                     self._buffers[name] = leave_file(tensor)
                 elif name == "bias":
                     leave_file(tensor)  # a Parameter is no view
+            check_codes(weight)
             state, backend = self._unrestored_state(), self._choose_backend()
             data = backend.pack(state, self.geometry)
             stand_in = make_stand_in(weight)

@@ -19,12 +19,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from .calibration import layer_state
 from .config import NAME, LDMQConfig, LDMQMethod
-from .errors import CheckpointError, LDMQError
+from .errors import CheckpointError, LDMQError, place
 from .families import quantizable_layers
 from .guards import guard, unguard
 from .headers import Header, read_headers
 from .layers import QuantLinear, quantized_layers
-from .loading import check_complete, check_dtype, check_keys, check_shape, check_values, exact_dtype, more, place
+from .loading import check_complete, check_dtype, check_keys, check_shape, check_values, exact_dtype, more
 from .manifest import prepare
 from .plugin import config_of, empty_like, refuse_adapters
 from .quantization import replace_layer, round_to_storage, stored

@@ -74,7 +74,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("wrong", list(WRONG))
-def test_what_cannot_be_meant_is_refused(wrong: str) -> None:
+def test_what_cannot_be_meant_is_refused_g3(wrong: str) -> None:
     arguments, match = WRONG[wrong]
     with pytest.raises(LDMQError, match=match):
         LDMQConfig(**arguments)

@@ -179,13 +179,13 @@ def test_every_scheme_can_be_calibrated_in_every_kind_of_layer(
 
 
 ORDER = (
-    ("errors", "version", "allocator", "progress"),
+    ("errors", "version", "allocator", "progress", "bound"),
     ("specs", "registry", "serialization", "demo/__init__"),
     ("affine", "metrics"),
     ("tables",),
     ("artifacts", "calls", "output"),
     ("families", "selections", "observers", "planners", "backends"),
-    ("packing", "gradient", "compiled", "demands"),
+    ("packing", "gradient", "compiled", "demands", "offloading"),
     ("quantized_layer",),
     ("layers", "manifest", "loading"),
     ("recording", "inputs", "headers"),

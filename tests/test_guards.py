@@ -1,12 +1,16 @@
 """What quantized models refuse in our words, and what they go on doing."""
 
 import copy
+import gc
 import pickle
+import re
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -16,11 +20,12 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from tiny_pipelines import MAKERS, text_unet
 
 from diffusers_ldmq import LDMQConfig, LDMQError, calibrate, make_plan, quantize
 from diffusers_ldmq.families import layer_table
-from diffusers_ldmq.guards import guard, unguard
+from diffusers_ldmq.guards import COPYING, guard, unguard
 from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.plugin import attach
 
@@ -56,7 +61,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "bfloat16": (lambda u: u.bfloat16(), "is not cast to torch.bfloat16"),
     "double": (lambda u: u.double(), "is not cast to torch.float64"),
     "layerwise casting (G28)": (lambda u: u.enable_layerwise_casting(), "layerwise casting would.*group offloading"),
-    "fused qkv (G29)": (lambda u: u.fuse_qkv_projections(), "cannot be joined; fuse the float model and quantize that"),
+    "fused qkv (G29)": (lambda u: u.fuse_qkv_projections(), "cannot be joined; leave them apart"),
     "training (G31)": (lambda u: u.requires_grad_(True), r"cannot be trained; add a LoRA with add_adapter\(\)"),
     "flashpack (G35)": (lambda u: u.save_pretrained("nowhere", use_flashpack=True), "use_flashpack=True would leave"),
     "copying (G30)": (
@@ -170,3 +175,41 @@ def test_diffusers_itself_refuses_tensor_parallelism_g35(tmp_path: Path) -> None
         load(parallel_config=parallel)
     with pytest.raises(ValueError, match="is quantized, which cannot be combined with tensor parallelism"):
         load().enable_parallelism(config=parallel)
+
+
+def test_every_class_of_diffusers_that_copies_a_denoiser_is_known() -> None:
+    """A new version of diffusers that brings another one fails here."""
+    kinds = {name: getattr(diffusers, name) for name in dir(diffusers) if re.search("ControlNet|Motion|Adapter", name)}
+    methods = {name: [m for m in vars(k) if re.match("from_(unet|transformer)", m)] for name, k in kinds.items()}
+    assert {name: found[0] for name, found in methods.items() if found} == COPYING
+
+
+def test_a_deleted_model_is_freed_at_once(unet: Any) -> None:
+    """Without waiting for the garbage collector: nothing of ours makes the model hold itself."""
+    other = copy.deepcopy(unet)
+    call(other)
+    watched = weakref.ref(other)
+    gc.collect()
+    gc.disable()
+    try:
+        del other
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_a_denoiser_with_joined_projections_is_not_quantized() -> None:
+    denoiser: Any = text_unet()
+    plan = make_plan(layer_table(denoiser), planner="uniform", scheme="w8a16")
+    calibration = calibrate(denoiser, plan, None)
+    denoiser.fuse_qkv_projections()
+    with pytest.raises(LDMQError, match=r"have joined q, k and v.*call unfuse_qkv_projections\(\) first"):
+        quantize(denoiser, calibration)
+
+
+def test_an_ip_adapters_tensors_are_not_saved(unet: Any, tmp_path: Path) -> None:
+    attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    attention.processor = IPAdapterAttnProcessor2_0(attention.to_q.in_features, attention.to_k.in_features)
+    with pytest.raises(LDMQError, match=r"attn2.processor.to_k_ip.0'.*unload_ip_adapter\(\) first"):
+        unet.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))

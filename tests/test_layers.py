@@ -100,7 +100,7 @@ def test_a_quantized_layer_shows_what_runs_it():
         layer.use_backend("warp")
 
 
-def test_bias_comes_first_and_scales_are_buffers(made: Made):
+def test_bias_comes_first_and_scales_are_buffers_g15_g16(made: Made):
     """Pipelines read the dtype of the first parameter; model.dtype and offloading look at parameters only."""
     _, layer, _ = made
     names = [name for name, _ in layer.named_parameters()]

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusers_ldmq import calibrate, make_plan, quantize
 from diffusers_ldmq.errors import CheckpointError
 from diffusers_ldmq.families import layer_table
+from diffusers_ldmq.loading import LARGE
 from diffusers_ldmq.plugin import attach
 
 SHAPE = r"shape \[[\d, ]*\], expected \[[\d, ]*\]"
@@ -51,7 +52,7 @@ DAMAGES: list[tuple[str, str, Callable[[Tensor], Tensor], str]] = [
     DAMAGES,
     ids=[f"{scheme}-{tensor}-{index}" for index, (scheme, tensor, *_) in enumerate(DAMAGES)],
 )
-def test_a_damaged_tensor_is_named(
+def test_a_damaged_tensor_is_named_g13_g14(
     scheme: str, tensor: str, change: Callable[[Tensor], Tensor], match: str, tmp_path: Path
 ) -> None:
     key = key_of(INTACT, scheme, tensor)
@@ -64,7 +65,7 @@ def test_a_damaged_tensor_is_named(
     [("w8a8", t) for t in ("weight", "weight_scale", "input_scale", "input_zero_point", "bias")]
     + [("w4a4", "weight"), ("w8a16", "weight_scale")],
 )
-def test_a_missing_tensor_is_named(scheme: str, tensor: str, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named_g11(scheme: str, tensor: str, tmp_path: Path) -> None:
     key = key_of(INTACT, scheme, tensor)
     refused(edited(INTACT, tmp_path, lambda tensors: tensors.pop(key)), key, "the file lacks this tensor")
 
@@ -81,7 +82,7 @@ def test_a_float_tensor_with_nan_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tensor", ["pre_quant_scale", "surprise", "input_scale"])
-def test_an_extra_tensor_is_named(tensor: str, tmp_path: Path) -> None:
+def test_an_extra_tensor_is_named_g12(tensor: str, tmp_path: Path) -> None:
     key = key_of(INTACT, "w8a16", tensor)
     folder = edited(INTACT, tmp_path, lambda tensors: tensors.update({key: torch.ones(())}))
     refused(folder, key, "which its quantization_config does not name")
@@ -189,3 +190,31 @@ def test_float_weights_under_a_quantized_models_config_say_so_g24(tmp_path: Path
     plain.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"holds no scales at all.*remove its 'quantization_config' entry"):
         UNet2DModel.from_pretrained(tmp_path)
+
+
+def test_codes_of_a_large_layer_are_looked_at_when_it_is_first_called(tmp_path: Path) -> None:
+    denoiser: Any = UNet2DModel(
+        block_out_channels=(352,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=8,
+        layers_per_block=1,
+        sample_size=8,
+        add_attention=False,
+    )
+    name = "mid_block.resnets.0.conv1"
+    plan = make_plan(layer_table(denoiser), planner="uniform", scheme="w8a16")
+    quantize(denoiser, calibrate(denoiser, plan, None))
+    attach(denoiser)
+    assert denoiser.get_submodule(name).state().weight.nbytes >= LARGE
+    denoiser.save_pretrained(tmp_path / "whole")
+    key = f"{name}.weight"
+    change = with_value(-128)
+    model: Any = UNet2DModel.from_pretrained(
+        edited(tmp_path / "whole", tmp_path, lambda t: t.update({key: change(t[key])}))
+    )
+    with (
+        torch.no_grad(),
+        pytest.raises(CheckpointError, match=f"'{name}', tensor 'weight': holds the code -128"),
+    ):
+        model(torch.zeros(1, 3, 8, 8), 1)

@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
 )
+from diffusers.hooks import apply_group_offloading
 from tiny_pipelines import INPUTS, MAKERS
 from tiny_pipelines import picture as draw
 from torch import Tensor
@@ -440,6 +441,17 @@ def test_a_compiled_float_pipeline_is_quantized_before_it_is_compiled() -> None:
         quantize_pipeline(pipe, INPUTS["sd"], Settings(planner="uniform"))
     with pytest.raises(RecordingError, match=message):
         record_calls(pipe, INPUTS["sd"])
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_what_is_offloaded_is_not_copied_to_be_quantized(component: str) -> None:
+    pipe = MAKERS["sd"]()
+    cpu = torch.device("cpu")
+    apply_group_offloading(getattr(pipe, component), cpu, cpu, offload_type="leaf_level")
+    with pytest.raises(
+        LDMQError, match=r"is under group offloading \(enable_group_offload\).*; load it again, quantize"
+    ):
+        QuantizedLDMPipeline.from_pipe(pipe, "uniform", inputs=INPUTS["sd"], dtype=torch.bfloat16)
 
 
 def test_components_given_to_from_pipe_are_checked_by_name(quantized_sd: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ldmq import pipeline
+from diffusers_ldmq import folders
 from diffusers_ldmq.terminal import Stages
 
 
@@ -32,7 +32,7 @@ def test_interrupt_while_saving_keeps_the_earlier_folder(
 ) -> None:
     old = shutil.copytree(quantized, tmp_path / "q")
     before = (old / "plan.json").read_bytes()
-    monkeypatch.setattr(pipeline, "write_json", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(folders, "write_json", lambda *_: signal.raise_signal(signal.SIGINT))
     common = ("--overwrite", "--planner", "uniform", "--prompts", prompts, "--steps", 2)
     ldmq("quantize", tiny, "--out", old, *common).is_interrupted()
     assert os.listdir(tmp_path) == ["q"]

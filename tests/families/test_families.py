@@ -85,7 +85,7 @@ def test_parts_run_from_encoder_over_middle_to_decoder(kind: str, denoiser_of: M
     ],
     indirect=["kind"],
 )  # fmt: skip
-def test_time_path_and_ends_stay_float_by_default(
+def test_time_path_and_ends_stay_float_by_default_g37(
     kind: str, kept: list[str], quantized: list[str], denoiser_of: Make
 ) -> None:
     table = layer_table(denoiser_of(kind))
@@ -204,3 +204,23 @@ def test_stable_diffusions_own_shape_is_read_right(recordings: Callable[[str], R
     assert table.blocks[-1].name == "conv_out"
     middle = [block.name for block in table.blocks if block.part == "middle"]
     assert middle == ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
+
+
+def test_only_layers_of_exactly_these_classes_are_quantizable_g36() -> None:
+    """A subclass has a forward of its own; padding that is not zeros no kernel knows."""
+
+    class Causal(nn.Conv2d):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(4, 4),
+            "conv": nn.Conv2d(4, 4, 3, padding=1),
+            "causal": Causal(4, 4, 3),
+            "circular": nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+            "transposed": nn.ConvTranspose2d(4, 4, 3),
+            "three": nn.Conv3d(4, 4, 3),
+            "embedding": nn.Embedding(4, 4),
+        }
+    )
+    assert list(quantizable_layers(model)) == ["linear", "conv"]
