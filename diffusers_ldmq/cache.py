@@ -191,14 +191,15 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 def _source(model: str, options: dict[str, Any]) -> dict[str, str] | None:
     """Name -> hash of the content of every file that the pipeline in this folder or repository may be loaded from; None
-    if it cannot be had (loading then says why)."""
-    folder = Path(model)
+    if it cannot be had (loading then says why). Nothing is downloaded that loading with these options would not."""
+    folder, options = Path(model), dict(options)
+    kind = options.pop("kind", DiffusionPipeline)
     try:
         if not folder.exists():
-            known = {name: value for name, value in options.items() if name in (*HUB_OPTIONS, "variant")}
-            folder = Path(DiffusionPipeline.download(model, **known))
+            folder = Path(kind.download(model, **options))
         index = read_json(folder / "model_index.json", CheckpointError)
-        chosen = {name: path for name, path in _files(folder) if name.split("/")[0] in index or "/" not in name}
+        parts = index.keys() - options.keys()  # components that are given are not read
+        chosen = {name: path for name, path in _files(folder) if name.split("/")[0] in parts or "/" not in name}
         kept = {name: path for name, path in chosen.items() if "/" in name or path.suffix in (".json", ".py")}
         return {name: _content(path) for name, path in kept.items()}
     except (LDMQError, OSError, ValueError):

@@ -1,5 +1,6 @@
 """Loading from a hub that refuses, breaks off, or is not there: one line each, and nothing half-loaded is kept."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
+from huggingface_hub import constants
+from tiny_pipelines import INPUTS, MAKERS
 
 from diffusers_ldmq import QuantizedLDMPipeline
+from diffusers_ldmq.cache import SWITCH, cache_folder, find_entry
 from diffusers_ldmq.errors import LDMQError
 from diffusers_ldmq.pipeline import load_pipeline
+from diffusers_ldmq.request import Request
 
 Picture = Callable[[Any], torch.Tensor]
 
@@ -130,3 +135,45 @@ def test_once_loaded_no_hub_is_needed(hub, made: Path, pipe, picture: Picture) -
     assert torch.equal(picture(QuantizedLDMPipeline.from_pretrained("you/x", local_files_only=True)), picture(pipe))
     assert torch.equal(picture(DiffusionPipeline.from_pretrained("you/x", local_files_only=True)), picture(pipe))
     assert hub.requests == []
+
+
+@pytest.fixture
+def checked(hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], set[str]]:
+    """On the hub as you/sd: a Stable Diffusion whose safety checker cannot be loaded, with weights in both formats. The
+    cache of results is on. Gives: files below a folder that were asked for."""
+    MAKERS["sd"]().save_pretrained(tmp_path / "sd")
+    files = files_of(tmp_path / "sd")
+    index = json.loads(files["model_index.json"])
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    files["model_index.json"] = json.dumps(index).encode()
+    files |= {f"safety_checker/{name}": b"junk" for name in ("config.json", "model.safetensors", "pytorch_model.bin")}
+    files |= {"unet/diffusion_pytorch_model.bin": b"junk", "vae/diffusion_pytorch_model.bin": b"junk"}
+    files |= {"text_encoder/pytorch_model.bin": b"junk"}
+    hub.add("you/sd", files)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(SWITCH)
+
+    def asked(folder: str) -> set[str]:
+        paths = (path.partition("/resolve/")[2].partition("/")[2] for _, path, _ in hub.requests)
+        return {path for path in paths if path.startswith(f"{folder}/")}
+
+    return asked
+
+
+def test_a_component_that_was_left_out_is_not_downloaded_to_look_a_result_up(checked) -> None:
+    common: Any = {"plan": "uniform", "inputs": INPUTS["sd"], "safety_checker": None}
+    pipe = QuantizedLDMPipeline.from_pretrained("you/sd", **common)
+    assert pipe.safety_checker is None
+    assert checked("safety_checker") == set()
+    assert "unet/diffusion_pytorch_model.safetensors" in checked("unet")
+    assert len(list(cache_folder().iterdir())) == 1
+    again = QuantizedLDMPipeline.from_pretrained("you/sd", **common)
+    assert again.report == pipe.report
+    assert len(list(cache_folder().iterdir())) == 1
+
+
+def test_looking_a_result_up_downloads_the_format_that_was_asked_for(checked) -> None:
+    entry = find_entry("you/sd", Request.taken({}, None, None, inputs=None, settings=None), {"use_safetensors": False})
+    assert entry is not None
+    assert "unet/diffusion_pytorch_model.bin" in checked("unet")
+    assert not [path for name in ("unet", "vae", "text_encoder") for path in checked(name) if "safetensors" in path]
