@@ -147,6 +147,24 @@ def test_it_loads_at_the_verified_dtype_unless_told_otherwise(
     assert QuantizedLDMPipeline.from_pretrained(quantized_pixel, dtype=dtype).unet.dtype == expected
 
 
+def test_a_dtype_goes_by_its_name_too(quantized_pixel: Path, float_folder: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel, torch_dtype="bfloat16")
+    assert pipe.unet.dtype == torch.bfloat16
+    assert QuantizedLDMPipeline.from_pipe(pipe, dtype="bfloat16").unet is pipe.unet
+    computed = QuantizedLDMPipeline.from_pretrained(float_folder, "uniform", dtype="bfloat16", steps=2)
+    assert computed.unet.dtype == torch.bfloat16
+    with pytest.raises(LDMQError, match="dtype is 'bf16'; expected a floating one"):
+        QuantizedLDMPipeline.from_pretrained(quantized_pixel, dtype="bf16")
+
+
+def test_steps_are_for_quantizing_and_cache_and_progress_harm_nobody(quantized_pixel: Path) -> None:
+    pipe = QuantizedLDMPipeline.from_pretrained(quantized_pixel, cache=False, progress=lambda *told: None)
+    with pytest.raises(LDMQError, match="is quantized already; leave plan and target, steps out to load it"):
+        QuantizedLDMPipeline.from_pretrained(quantized_pixel, steps=2)
+    with pytest.raises(LDMQError, match="is quantized already; leave steps out to share"):
+        QuantizedLDMPipeline.from_pipe(pipe, steps=2)
+
+
 def test_a_model_quantized_in_bf16_is_loaded_in_bf16(float_folder: Path, tmp_path: Path) -> None:
     pipe = QuantizedLDMPipeline.from_pretrained(float_folder, "uniform", steps=2, torch_dtype=torch.bfloat16)
     assert pipe.unet.dtype == torch.bfloat16
@@ -374,7 +392,9 @@ def test_diffusers_own_from_pipe_takes_and_gives_back_a_quantized_pipeline(quant
 def test_from_pipe_of_a_bf16_model_needs_its_dtype_in_diffusers_and_nothing_in_ours(float_sd: Path) -> None:
     """G26: without torch_dtype= diffusers asks for fp32, which a quantized model refuses in words."""
     pipe = QuantizedLDMPipeline.from_pretrained(float_sd, "uniform", inputs=INPUTS["sd"], dtype=torch.bfloat16)
-    with pytest.raises(LDMQError, match="is not cast to torch.float32: load it again with torch_dtype"):
+    with pytest.raises(
+        LDMQError, match="is not cast to torch.float32: .* from_pipe casts unless told torch_dtype=torch.bfloat16"
+    ):
         StableDiffusionImg2ImgPipeline.from_pipe(deepcopy(pipe))  # diffusers casts the others before it comes to ours
     told = StableDiffusionImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
     both = QuantizedLDMPipeline.from_pipe(told)
@@ -496,6 +516,25 @@ def test_a_quantization_config_with_an_unknown_component_is_refused_and_one_for_
     pipe = QuantizedLDMPipeline.from_pretrained(float_sd, **common, quantization_config=config("vae"))
     assert quantized_layers(pipe.vae)
     assert quantized_layers(pipe.unet)
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder"])
+def test_a_folder_with_another_model_quantized_is_quantized_in_bf16(
+    component: str, float_sd: Path, tmp_path: Path
+) -> None:
+    mapping: Any = {component: LDMQConfig("w8a16")}
+    config = PipelineQuantizationConfig(quant_mapping=mapping)
+    DiffusionPipeline.from_pretrained(float_sd, quantization_config=config).save_pretrained(tmp_path)
+    before = quantized_layers(getattr(load_pipeline(tmp_path), component))
+    common: Any = {"inputs": INPUTS["sd"], "dtype": torch.bfloat16}
+    pipe = QuantizedLDMPipeline.from_pretrained(tmp_path, "uniform", **common)
+    assert {part.dtype for part in parts(pipe).values()} == {torch.bfloat16}
+    now = quantized_layers(getattr(pipe, component))
+    assert now.keys() == before.keys()
+    for name, layer in now.items():
+        assert torch.equal(layer.state().weight, before[name].state().weight)
+        assert torch.equal(layer.state().weight_scale, before[name].state().weight_scale)
+    assert draw(pipe, "sd").isfinite().all()
 
 
 def test_a_component_that_the_class_has_and_the_folder_lacks_may_be_given(float_sd: Path, tmp_path: Path) -> None:
