@@ -88,8 +88,8 @@ class QuantizedLDMPipeline:
         plan: a planner's name ('hybrid', 'budget', 'uniform'), a Plan or a path to one; default 'hybrid'. inputs
         (or prompts): prompts, or dicts of `__call__` arguments, to record (default: captions of ours). settings:
         everything else; fields of Settings may be given as keywords too (`calibration`, `corrections`, ...) and, as
-        plan and target, go before it. Other keywords: `dtype` / `torch_dtype`, `device`, `steps`, `progress`; the rest
-        is DiffusionPipeline.from_pretrained's (`revision`, `variant`, `safety_checker`, ...).
+        plan and target, go before it. Other keywords: `dtype` / `torch_dtype` (or its name), `device`, `steps`,
+        `progress`; the rest is DiffusionPipeline.from_pretrained's (`revision`, `variant`, `safety_checker`, ...).
 
         What was computed is kept under the Hugging Face cache: asked the same again, it is loaded (`cache=False` or
         the environment's LDMQ_CACHE=0 turn that off).
