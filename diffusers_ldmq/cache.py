@@ -28,6 +28,7 @@ from .artifacts import Plan, Profile, Report
 from .backends.cpu import cpu_kind
 from .calls import tensor_key
 from .checkpoints import HUB_OPTIONS, side_files
+from .config import LDMQConfig
 from .errors import CheckpointError, LDMQError, OutputError
 from .families import find_denoiser
 from .folders import write_side_files
@@ -114,6 +115,8 @@ class Entry:
 def find_entry(model: str, request: Request, options: dict[str, Any]) -> Entry | None:
     """The place of what quantizing this model as asked gives; None, with a warning, where that depends on something
     that cannot be compared between runs. options: of loading the model."""
+    if request.settings.components:  # what quantizes them while loading is part of the entry's name by itself
+        options = {name: value for name, value in options.items() if name != "quantization_config"}
     placing = [name for name in _PLACING if options.get(name) is not None]
     if placing:
         logger.warning("the result is not cached: it depends on %s", placing[0])
@@ -131,7 +134,8 @@ def find_entry(model: str, request: Request, options: dict[str, Any]) -> Entry |
         "format": FORMAT,
         "versions": _versions(),
         "source": source,
-        "settings": to_json(replace(request.settings, dtype=None)),
+        "settings": to_json(replace(request.settings, dtype=None, components={})),
+        "components": {name: LDMQConfig(plan).to_dict() for name, plan in request.settings.components.items()},
         "dtype": str(request.settings.dtype),
         "steps": request.steps,
         "device": _device_kind(request.device),

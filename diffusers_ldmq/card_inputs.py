@@ -17,7 +17,7 @@ from .demo import MODEL, demo_prompts
 from .errors import LDMQError
 from .families import find_denoiser, fingerprint, quantizable_layers
 from .hub_errors import HUB_ERRORS, hub_refusal, is_missing_file
-from .inputs import default_inputs, needed_images
+from .inputs import default_inputs, entries_of, needed_images
 from .manifest import checked_entries
 from .progress import StageProgress
 from .sampling import Sampling, sample_pictures
@@ -124,7 +124,8 @@ def draw_samples(pipe: Any, told: Told, plan: Plan | None, *, progress: StagePro
         if plan is not None and fingerprint(quantizable_layers(denoiser)) != plan.fingerprint:
             raise LDMQError(f"the float {type(denoiser).__name__} has other layers than this model; give its original")
         pipes = {"float": told.original, **pipes}
-    subjects = list(told.prompts) if told.prompts is not None else _subjects(pipe)[: told.images]
+    given = None if told.prompts is None else entries_of("prompts", told.prompts, (str,))
+    subjects = given or _subjects(pipe)[: told.images]
     pictures = {}
     for role, drawn in pipes.items():
         counter = _stage(progress, f"sample {role}") if progress else None

@@ -101,7 +101,7 @@ def recast(model: nn.Module, dtype: torch.dtype) -> None:
         cast_floats(model, dtype)
         attach(model)
     else:
-        model.to(dtype)
+        nn.Module.to(model, dtype)  # diffusers' own warns of modules to be kept in fp32 where there are none
 
 
 def refuse_unsavable(pipe: Any) -> None:
@@ -129,6 +129,8 @@ def refuse_upcast(pipe: Any, dtype: torch.dtype | None) -> None:
 
 
 def _refuse_names(schemes: Mapping[str, PlanLike], models: set[str], denoisers: set[str]) -> None:
+    if not isinstance(schemes, Mapping):
+        raise LDMQError(f"components is {schemes!r}, expected a scheme for each name: {{'text_encoder': 'w8a16'}}")
     for name in schemes:
         if name in denoisers:
             raise LDMQError(

@@ -97,6 +97,7 @@ def _check_version(format_version: Any, unknown: dict[str, Any], written_by: Any
 
 def _names(given: Sequence[str] | None) -> list[str]:
     """A list of names of the caller's own, never the caller's list."""
-    if isinstance(given, str) or not all(isinstance(name, str) for name in given or ()):
+    listed = given is None or isinstance(given, (list, tuple, set, frozenset))
+    if not listed or not all(isinstance(name, str) for name in given or ()):
         raise LDMQError(f"quantization_config: modules_to_not_convert is {given!r}, expected a list of names")
     return list(given or ())

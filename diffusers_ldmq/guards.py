@@ -1,16 +1,16 @@
-"""What a quantized model does where diffusers would break it in silence or fail obscurely: attributes of the instance
-that go before its class's methods. The class itself stays untouched, because pipelines look models up by it."""
+"""What a quantized model does where diffusers would break it in silence or fail obscurely. Its class stays what it is,
+because pipelines look models up by it; once there is a quantized model, the methods of its class ask which kind it is."""
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from .bound import Bound
+from .bound import FLAG, override, usual
 from .errors import LDMQError
 from .layers import quantized_layers
 from .lora import add_adapter, fuse_lora, load_lora_adapter, show_float_shapes, update_manifest
@@ -52,13 +52,9 @@ class Refusal:
 
 def guard(model: nn.Module) -> None:
     """Give the quantized model its own ways with what its class would do wrong. Harmless when done again."""
-    kind: Any = type(model)
-    for name, why in REFUSALS.items():
-        if hasattr(kind, name):
-            setattr(model, name, Refusal(f"{name}() is not possible on a quantized {kind.__name__}: {why}"))
-    for name, function in _replacements().items():
-        if hasattr(kind, name):
-            setattr(model, name, Bound(function, model))
+    _guard_class(type(model))
+    vars(model)[FLAG] = True
+    vars(model).pop("save_pretrained", None)
     _guard_copying()
     show_float_shapes()
 
@@ -70,13 +66,26 @@ def refuse_saving(model: nn.Module) -> None:
             f"the {type(model).__name__} was quantized, but its config does not say so, and nobody could load it: "
             f"save it with QuantizedLDMPipeline or `ldmq quantize`, or call diffusers_ldmq.companions.attach() first"
         )
-        setattr(model, "save_pretrained", Refusal(words))  # noqa: B010 (nn.Module's __setattr__ takes tensors)
+        vars(model)["save_pretrained"] = Refusal(words)
 
 
 def unguard(model: nn.Module) -> None:
     """The model does again what its class does."""
-    for name in (*REFUSALS, *_replacements()):
-        vars(model).pop(name, None)
+    vars(model).pop(FLAG, None)
+
+
+@functools.cache
+def _guard_class(kind: type[nn.Module]) -> None:
+    for name, function in {**_refusals(), **_replacements()}.items():
+        override(kind, name, function)
+
+
+def _refusals() -> dict[str, Callable[..., NoReturn]]:
+    return {name: functools.partial(_refuse, name, why) for name, why in REFUSALS.items()}
+
+
+def _refuse(name: str, why: str, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+    raise LDMQError(f"{name}() is not possible on a quantized {type(model).__name__}: {why}")
 
 
 def to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -87,7 +96,16 @@ def to(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     moved: dict[str, Any] = {} if memory_format is None else {"memory_format": memory_format}
     if device is not None:
         moved |= {"device": device, "non_blocking": non_blocking}
-    return type(model).to(model, **moved) if moved else model
+    return usual(model, "to")(**moved) if moved else model
+
+
+def check_cast(models: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+    """Raise LDMQError for a `.to(*args, **kwargs)` that one of these models would refuse, before any of them
+    is cast."""
+    dtype = torch._C._nn._parse_to(*args, **kwargs)[1]  # pyright: ignore[reportAttributeAccessIssue]
+    for model in models:
+        if dtype is not None and isinstance(model, nn.Module) and quantized_layers(model):
+            cast(model, dtype)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -103,10 +121,15 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             )
         raise LDMQError(
             f"a quantized {type(model).__name__} in {own} is not cast to {dtype}: load it, and the pipeline around it, "
-            f"again with torch_dtype={dtype} (integers and scales stay what they are), or call dequantize() first; "
+            f"again with dtype={dtype} (integers and scales stay what they are), or call dequantize() first; "
             f"from_pipe casts unless told torch_dtype={own}, QuantizedLDMPipeline.from_pipe does not"
         )
     return model
+
+
+def type_(model: nn.Module, dst_type: Any) -> nn.Module:
+    """As nn.Module.type for the dtype that the model has. Raises LDMQError for others."""
+    return cast(model, torch.empty(0).type(dst_type).dtype)
 
 
 def requires_grad_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
@@ -116,26 +139,15 @@ def requires_grad_(model: nn.Module, requires_grad: bool = True) -> nn.Module:
             f"the integers of a quantized {type(model).__name__} cannot be trained; add a LoRA with add_adapter() and "
             f"train that, or call dequantize() first"
         )
-    return type(model).requires_grad_(model, False)
+    return usual(model, "requires_grad_")(False)
 
 
-def save_pretrained(
-    model: nn.Module,
-    *args: Any,
-    safe_serialization: bool = True,
-    variant: str | None = None,
-    max_shard_size: int | str | None = None,
-    use_flashpack: bool = False,
-    **kwargs: Any,
-) -> Any:
+def save_pretrained(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """As the class's own, with what fused LoRAs added in the manifest. Raises LDMQError for use_flashpack."""
-    # pipelines look these four up in the signature, and leave out of their call what they do not find there
-    if use_flashpack:
+    if kwargs.get("use_flashpack"):
         raise LDMQError("use_flashpack=True would leave out what tells integers from weights; save as safetensors")
     update_manifest(model)
-    named = {"variant": variant, "max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
-    given = {name: value for name, value in named.items() if value is not None and value is not True}
-    return type(model).save_pretrained(model, *args, **given, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    return usual(model, "save_pretrained")(*args, **kwargs)
 
 
 def enable_group_offload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -143,13 +155,13 @@ def enable_group_offload(model: nn.Module, *args: Any, **kwargs: Any) -> None:
     called already holds a stand-in for them."""
     for layer in quantized_layers(model).values():
         layer._restore()
-    type(model).enable_group_offload(model, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+    usual(model, "enable_group_offload")(*args, **kwargs)
 
 
 def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """As the class's own, with two 4-bit weights in a byte counted as two."""
     kwargs = {"only_trainable": only_trainable, "exclude_embeddings": exclude_embeddings}
-    counted = type(model).num_parameters(model, **kwargs)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+    counted = usual(model, "num_parameters")(**kwargs)
     if only_trainable:
         return counted
     weights = [(layer.geometry, layer._parameters["weight"]) for layer in quantized_layers(model).values()]
@@ -157,7 +169,7 @@ def num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embed
 
 
 def _replacements() -> dict[str, Callable[..., Any]]:
-    casts = {name: functools.partial(_cast_as, dtype) for name, dtype in CASTS.items()}
+    casts = {name: functools.partial(_cast_as, dtype) for name, dtype in CASTS.items()} | {"type": type_}
     own = (to, requires_grad_, save_pretrained, enable_group_offload, num_parameters)
     lora = (fuse_lora, add_adapter, load_lora_adapter)
     return {**casts, **{function.__name__: function for function in (*own, *lora)}}

@@ -16,14 +16,17 @@ from .closed_loop import Job
 from .companions import companions, quantize_companions, recast, refuse_upcast
 from .errors import LDMQError, PlanError, RecordingError
 from .families import find_denoiser, layer_table, refuse_compiled
-from .planners import Target, candidates, fp32_bytes, parse_target, plan_bytes
+from .observers import OBSERVERS
+from .planners import PLANNERS, Target, candidates, fp32_bytes, parse_target, plan_bytes
 from .planning import kept_layers
 from .plugin import attach
 from .profiling import ProfileSettings, profile_sqnr
 from .progress import StageProgress as Progress
 from .quantization import refuse_unfit
 from .recording import record_calls, try_one_step
+from .selections import SELECTIONS
 from .settings import Outcome, Settings, corrections_of
+from .specs import parse_scheme
 from .tables import LayerTable
 from .timing import layer_times
 from .verification import floating_dtype
@@ -56,6 +59,7 @@ def quantize_pipeline(
     table = layer_table(denoiser)
     kept_layers(table, settings.keep_float)
     corrections_of(settings.corrections)
+    _refuse_unknown(settings)
     if settings.plan is not None:
         check_plan(settings.plan, denoiser)
     if target is not None:
@@ -84,6 +88,14 @@ def quantize_pipeline(
     if settings.dtype is not None:
         _refuse_unusable(pipe, inputs[0], settings.dtype)
     return replace(outcome, companions=companions(pipe))
+
+
+def _refuse_unknown(settings: Settings) -> None:
+    """Raise LDMQError for a name that nothing has, before anything slow."""
+    PLANNERS[settings.planner]
+    OBSERVERS[settings.observer]
+    SELECTIONS[settings.calibration]
+    parse_scheme(settings.scheme)
 
 
 def _stage(told: Progress, stage: str) -> Callable[[int, int], None]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .bound import usual
 from .errors import LDMQError
 from .fusing import KEPT, fuse, held_by, is_fusible, is_quantized, kind_of, restore, to_fuse
 from .layers import quantized_layers
@@ -53,7 +54,7 @@ def add_adapter(model: Any, adapter_config: Any, adapter_name: str = "default") 
     if getattr(adapter_config, "use_dora", False):
         _refuse_dora([n for n in _quantized(model) if check_target_module_exists(adapter_config, n)])
     with _four_dimensional(model):
-        type(model).add_adapter(model, adapter_config, adapter_name)
+        usual(model, "add_adapter")(adapter_config, adapter_name)
     _refuse_unfit(model, adapter_name)
 
 
@@ -72,7 +73,7 @@ def load_lora_adapter(
     scaled = {key.split(".lora_magnitude_vector")[0].removeprefix(start) for key in keys if "lora_magn" in key}
     _refuse_dora([name for name in _quantized(model) if name in scaled])
     with _four_dimensional(model):
-        found = type(model).load_lora_adapter(model, source, prefix, hotswap, **kwargs)
+        found = usual(model, "load_lora_adapter")(source, prefix, hotswap, **kwargs)
     for adapter_name in set(getattr(model, "peft_config", ())) - before:
         _refuse_unfit(model, adapter_name)
     return found

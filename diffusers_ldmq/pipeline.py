@@ -31,6 +31,7 @@ from .demo import MODEL, demo_captions
 from .errors import LDMQError
 from .families import find_denoiser, refuse_compiled, uncompiled
 from .folders import as_saved, denoiser_loader, load_pipeline, save_pipeline, still_true, write_side_files
+from .guards import check_cast
 from .job import Outcome, Settings, quantize_pipeline, settle
 from .layers import quantized_layers
 from .output import folder_into
@@ -161,6 +162,13 @@ class QuantizedLDMPipeline:
             )
         same = denoiser is uncompiled(pipe.components.get(name))
         return _dressed(made, **{name: getattr(pipe, name, None) for name in SIDE_FILES if same})
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As the pipeline's own. Raises LDMQError for a dtype that a quantized model does not have, and then leaves the
+        other models as they are, too."""
+        named = {name: value for name, value in kwargs.items() if name != "silence_dtype_warnings"}
+        check_cast(self.components.values(), *args, **named)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_pretrained(self, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As the pipeline's own, plus plan.json, report.json and profile.json where they still are of this model. Plain

@@ -42,6 +42,7 @@ class Request:
         prompts, torch_dtype = kwargs.pop("prompts", None), kwargs.pop("torch_dtype", None)
         dtype, steps = _dtype(kwargs.pop("dtype", None) or torch_dtype), kwargs.pop("steps", None)
         values = {"plan": plan, "target": target, **given, "prompts": prompts, "steps": steps, **asked}
+        _refuse_count("steps", steps)
         settings = _planned(replace(given["settings"] or Settings(), **asked), plan)
         single = dtype if isinstance(dtype, torch.dtype) else None
         return cls(
@@ -68,6 +69,11 @@ class Request:
                 f"dtype is {self.dtype!r}; a float model is quantized in one torch.dtype such as torch.bfloat16: save "
                 f"the result and load that with others"
             )
+
+
+def _refuse_count(name: str, given: Any) -> None:
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+        raise LDMQError(f"{name} is {given!r}; expected a whole number from 1 on")
 
 
 def _to_record(prompts: Any, inputs: Any) -> list[Any] | None:

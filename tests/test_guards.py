@@ -21,9 +21,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from tiny_pipelines import MAKERS, text_unet
+from tiny_pipelines import MAKERS, picture, text_unet
 
-from diffusers_ldmq import LDMQConfig, LDMQError, calibrate, make_plan, quantize
+from diffusers_ldmq import LDMQConfig, LDMQError, QuantizedLDMPipeline, calibrate, make_plan, quantize
 from diffusers_ldmq.families import layer_table
 from diffusers_ldmq.guards import COPYING, guard, unguard
 from diffusers_ldmq.layers import quantized_layers
@@ -149,11 +149,20 @@ def test_a_dequantized_model_does_what_its_class_does_g23_g30(unet: Any, tmp_pat
 
 
 def test_guarding_twice_is_harmless_and_can_be_undone(unet: Any) -> None:
-    before = set(vars(unet))
+    before, method = dict(vars(unet)), UNet2DConditionModel.to
     guard(unet)
-    assert set(vars(unet)) == before
+    assert (vars(unet), UNet2DConditionModel.to) == (before, method)
     unguard(unet)
-    assert unet.enable_layerwise_casting.__func__ is UNet2DConditionModel.enable_layerwise_casting
+    unet.requires_grad_(False)
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        unet.to(torch.float16)
+
+
+def test_a_model_that_nobody_holds_is_saved(folder: Path, tmp_path: Path) -> None:
+    UNet2DConditionModel.from_pretrained(folder / "unet", quantization_config=LDMQConfig("w8a16")).save_pretrained(
+        tmp_path
+    )
+    assert quantized_layers(UNet2DConditionModel.from_pretrained(tmp_path))
 
 
 def test_a_denoiser_from_the_stages_is_guarded_too() -> None:
@@ -213,3 +222,13 @@ def test_an_ip_adapters_tensors_are_not_saved(unet: Any, tmp_path: Path) -> None
     with pytest.raises(LDMQError, match=r"attn2.processor.to_k_ip.0'.*unload_ip_adapter\(\) first"):
         unet.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_refused_cast_of_our_pipeline_leaves_every_model_as_it_was(folder: Path) -> None:
+    quantized = UNet2DConditionModel.from_pretrained(folder / "unet", quantization_config=LDMQConfig("w8a16"))
+    pipe = QuantizedLDMPipeline.from_pipe(StableDiffusionPipeline.from_pretrained(folder, unet=quantized))
+    before = picture(pipe, "sd")
+    with pytest.raises(LDMQError, match="is not cast to torch.float16"):
+        pipe.to("cpu", torch.float16)
+    assert {model.dtype for model in (pipe.text_encoder, pipe.vae, pipe.unet)} == {torch.float32}
+    assert torch.equal(picture(pipe.to("cpu").to(dtype=torch.float32), "sd"), before)

@@ -52,6 +52,8 @@ _EXAMPLES = "'sqnr>=25dB', 'size<=0.3x' (of fp32), 'size<=900MB', 'speed>=1.5x' 
 def parse_target(text: str) -> Target:
     """Target of 'sqnr>=25dB', 'size<=0.3x' (of the fp32 weights), 'size<=900MB', 'speed>=1.5x' or 'int8>=80%' (of the
     multiply-accumulates), or of several with commas between. Raises PlanError for others."""
+    if not isinstance(text, str):
+        raise PlanError(f"target is {text!r}; write {_EXAMPLES}, in quotes")
     found: dict[str, float | int] = {}
     for part in text.split(","):
         demand = _demand(part.strip())
