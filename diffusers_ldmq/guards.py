@@ -1,5 +1,5 @@
 """What a quantized model does where diffusers would break it in silence or fail obscurely. Its class stays what it is,
-because pipelines look models up by it; once there is a quantized model, the methods of its class ask which kind it is."""
+because pipelines look models up by it; once there is a quantized one, its methods ask which kind they are called for."""
 
 import functools
 import importlib
