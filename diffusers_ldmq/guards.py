@@ -1,5 +1,5 @@
 """What a quantized model does where diffusers would break it in silence or fail obscurely. Its class stays what it is,
-because pipelines look models up by it; once there is a quantized one, its methods ask which kind they are called for."""
+because pipelines look models up by it; once there is a quantized one, its methods ask which kind calls them."""
 
 import functools
 import importlib
