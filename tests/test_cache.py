@@ -340,3 +340,17 @@ def test_two_processes_at_once_leave_one_good_entry(float_folder: Path, home: Pa
     pipe = quantized(float_folder)
     assert [path for path in (home / "ldmq").iterdir()] == [entry]
     assert torch.equal(picture(pipe, NAME), picture(DiffusionPipeline.from_pretrained(tmp_path / "one"), NAME))
+
+
+def test_other_quantized_components_are_part_of_an_entry(
+    float_folder: Path, home: Path, calls: Callable[[], int]
+) -> None:
+    components = {"text_encoder": "w8a16"}
+    first = picture(quantized(float_folder, components=components), NAME)
+    assert calls()
+    again = quantized(float_folder, components=components)
+    assert not calls()
+    assert torch.equal(picture(again, NAME), first)
+    quantized(float_folder, components={"text_encoder": "w8a8-dyn"})
+    quantized(float_folder)
+    assert len(entries()) == 3

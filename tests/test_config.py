@@ -68,6 +68,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "calibrated in dict": ({"plan": {"mid_block": "w4a8"}}, "layer 'mid_block': scheme w4a8 has calibrated"),
     "newer plan": ({"plan": {"format_version": 9, "planner": "x"}}, "format_version 9, expected 1 to 1"),
     "names as text": ({"plan": "w8a16", "modules_to_not_convert": "conv_in"}, "is 'conv_in', expected a list of names"),
+    "names as number": ({"plan": "w8a16", "modules_to_not_convert": 3}, "is 3, expected a list of names"),
     "names of numbers": ({"plan": "w8a16", "modules_to_not_convert": [1]}, r"is \[1\], expected a list of names"),
     "mistyped": ({"plan": "w8a16", "module_to_not_convert": []}, "unknown keys .*mistyped.*modules_to_not_convert"),
 }

@@ -59,6 +59,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "to like": (lambda u: u.to(torch.zeros(1, dtype=torch.float16)), "is not cast to torch.float16"),
     "half": (lambda u: u.half(), "is not cast to torch.float16"),
     "bfloat16": (lambda u: u.bfloat16(), "is not cast to torch.bfloat16"),
+    "type": (lambda u: u.type(torch.float16), "is not cast to torch.float16"),
     "double": (lambda u: u.double(), "is not cast to torch.float64"),
     "layerwise casting (G28)": (lambda u: u.enable_layerwise_casting(), "layerwise casting would.*group offloading"),
     "fused qkv (G29)": (lambda u: u.fuse_qkv_projections(), "cannot be joined; leave them apart"),

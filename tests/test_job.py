@@ -144,6 +144,8 @@ def test_the_dtype_reaches_all_models_of_the_pipeline(job: Callable[..., Any]) -
     ("settings", "match"),
     [
         ({"target": "fast"}, "cannot read the target 'fast'"),
+        ({"target": 30}, "target is 30; write 'sqnr>=25dB'"),
+        ({"components": "vae"}, "components is 'vae', expected a scheme for each name"),
         ({"keep_float": "absent"}, "keep-float names 'absent'"),
         ({"planner": "best"}, "unknown planner 'best'"),
         ({"scheme": "w1a1"}, "unknown scheme 'w1a1'"),
@@ -154,9 +156,10 @@ def test_the_dtype_reaches_all_models_of_the_pipeline(job: Callable[..., Any]) -
 def test_bad_settings_are_refused_and_the_model_stays_float(
     settings: dict[str, Any], match: str, make: Make, inputs_of: Inputs
 ) -> None:
-    pipe = make("dit")
+    pipe, told = make("dit"), []
     with pytest.raises(LDMQError, match=match):
-        quantize_pipeline(pipe, inputs_of("dit"), Settings(**settings))
+        quantize_pipeline(pipe, inputs_of("dit"), Settings(**settings), progress=lambda *stage: told.append(stage))
+    assert not told  # before anything slow
     assert not quantized_layers(pipe.transformer)
     assert not any(isinstance(m, nn.Linear) and m._forward_hooks for m in pipe.transformer.modules())
 

@@ -122,3 +122,9 @@ def test_prompts_become_calls_of_the_pipeline_and_arguments_stay() -> None:
     assert {call["num_inference_steps"] for call in calls} == {2}
     arguments = [{"prompt": "one", "num_inference_steps": 7}]
     assert taken(inputs=arguments)[0].calls(pipe) == arguments
+
+
+@pytest.mark.parametrize("steps", [0, -1, "5", 2.0, True])
+def test_what_is_no_number_of_steps_is_refused(steps: Any) -> None:
+    with pytest.raises(LDMQError, match="steps is .*; expected a whole number from 1 on"):
+        Request.taken({"steps": steps}, None, None, inputs=None, settings=None)
