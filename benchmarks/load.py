@@ -1,7 +1,7 @@
 """Memory and time of loading the SD 1.5 U-Net (full-size config, random weights), each load in a fresh process: float
 folders, folders of ours, and quantizing while a float folder is loaded.
 
-    python benchmarks/load.py [--work DIR] [--rounds 5] [--json OUT]
+    python benchmarks/load.py [--work DIR] [--rounds 5] [--variant NAME ...] [--json OUT]
 
 Memory: growth of the resident high-water mark from the end of the imports to the end of from_pretrained. Pages of a
 mapped file count as resident; 'anonymous' is the growth without them at the end. Time: from_pretrained alone, and with
@@ -108,6 +108,7 @@ def main(
     work: Annotated[Path, typer.Option(help="folders are kept here")] = Path("load-sizes"),
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     json_out: Annotated[Path | None, typer.Option("--json", help="also write the figures there")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="only these, by name")] = None,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Print medians."""
@@ -115,14 +116,15 @@ def main(
         typer.echo(json.dumps(measured(next(v for v in VARIANTS if v.name == one), work)))
         return
     prepare(work)
-    found: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in VARIANTS}
+    chosen = [way for way in VARIANTS if variant is None or way.name in variant]
+    found: dict[str, list[dict[str, float]]] = {way.name: [] for way in chosen}
     for number in range(rounds + 1):
-        for variant in VARIANTS:
-            command = [sys.executable, __file__, "--work", str(work), "--one", variant.name]
+        for way in chosen:
+            command = [sys.executable, __file__, "--work", str(work), "--one", way.name]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             if number:  # round 0 warms the page cache
-                found[variant.name].append(json.loads(done.stdout.splitlines()[-1]))
-    rows = [_row(variant, found[variant.name], work) for variant in VARIANTS]
+                found[way.name].append(json.loads(done.stdout.splitlines()[-1]))
+    rows = [_row(way, found[way.name], work) for way in chosen]
     _show(rows)
     if json_out is not None:
         json_out.write_text(json.dumps(rows, indent=1) + "\n")

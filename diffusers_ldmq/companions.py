@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import PipelineQuantizationConfig
+from diffusers import ModelMixin, PipelineQuantizationConfig
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -100,8 +100,10 @@ def recast(model: nn.Module, dtype: torch.dtype) -> None:
     if quantized_layers(model):
         cast_floats(model, dtype)
         attach(model)
+    elif isinstance(model, ModelMixin):
+        nn.Module.to(model, dtype)  # its own method warns of modules to be kept in fp32 where there are none
     else:
-        nn.Module.to(model, dtype)  # diffusers' own warns of modules to be kept in fp32 where there are none
+        model.to(dtype)
 
 
 def refuse_unsavable(pipe: Any) -> None:

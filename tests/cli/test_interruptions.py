@@ -5,12 +5,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from diffusers_ldmq import folders
 from diffusers_ldmq.terminal import Stages
+
+
+@pytest.fixture(autouse=True)
+def can_be_interrupted() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which lets SIGINT be ignored there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("stage", ["record", "profile", "calibrate", "quantize", "verify"])
@@ -42,6 +51,7 @@ def test_interrupt_while_saving_keeps_the_earlier_folder(
 def test_ctrl_c_from_outside(tiny: Path, prompts: Path, tmp_path: Path, as_result) -> None:
     command = ["quantize", str(tiny), "--out", str(tmp_path / "q"), "--prompts", str(prompts), "--steps", "400"]
     tell = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from diffusers_ldmq.terminal import Stages; usual = Stages.__call__; "
         "Stages.__call__ = lambda self, *told: (print('go', flush=True), usual(self, *told)); "
     )
