@@ -16,7 +16,7 @@ from diffusers_ldmq.packing import check_codes
 
 from .diffusers_keys import PIPELINE_LOADER, check_same_computation, ldm_names
 from .model_format import DTYPES, Content
-from .operations import build_model
+from .operations import as_module_tensors, build_model
 
 PREDICTIONS = {"epsilon": "EPS", "v_prediction": "V_PREDICTION"}
 """diffusers' words for what a denoiser predicts, and ComfyUI's."""
@@ -32,6 +32,13 @@ def load_denoiser(folder_or_repo: str | os.PathLike[str]) -> Any:
     """
     name = known(folder_or_repo)
     _check_kind(name)
+    with as_module_tensors():
+        model = _converted(name)
+    model.cached_patcher_init = (reload_denoiser, (name,))
+    return model
+
+
+def _converted(name: str) -> Any:
     unet = _load("the U-Net", name, lambda: UNet2DConditionModel.from_pretrained(name, subfolder="unet"))
     names = ldm_names(unet.state_dict(), unet.config)
     model_type, sampling = _sampling(name)
@@ -52,7 +59,6 @@ def load_denoiser(folder_or_repo: str | os.PathLike[str]) -> Any:
     )
     model = build_model(content)
     check_same_computation(unet, model.model.diffusion_model, names)
-    model.cached_patcher_init = (reload_denoiser, (name,))
     return model
 
 

@@ -20,7 +20,7 @@ from .file_writer import Entry, entry, write_tensors
 from .guarding import KEY
 from .layer import LDMQLayer
 from .model_format import DTYPES, PREFIX, Description, read_model
-from .operations import build_model
+from .operations import as_module_tensors, build_model
 from .patching import quantized_layers_of
 
 ATTACHMENT = "ldmq_plan"
@@ -112,8 +112,9 @@ def load_model(path: str | os.PathLike[str], progress: Progress | None = None) -
     Raises CheckpointError naming the file for one that is not complete and sound, is none of ours, or holds a model
     that ComfyUI does not know.
     """
-    content = read_model(path, progress)
-    model = build_model(content)
+    with as_module_tensors():
+        content = read_model(path, progress)
+        model = build_model(content)
     if content.plan is not None:
         model.set_attachments(ATTACHMENT, content.plan)
     model.cached_patcher_init = (reload_model, (os.fspath(path),))

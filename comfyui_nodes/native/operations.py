@@ -2,6 +2,8 @@
 that are empty, recognizes the model by tensors that hold nothing but a shape, and gets LDMQLayers in their places."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +84,14 @@ class LDMQOps(comfy.ops.manual_cast):
 
     class Conv2d(_Empty, comfy.ops.manual_cast.Conv2d):
         """Float once it is loaded."""
+
+
+@contextmanager
+def as_module_tensors() -> Iterator[None]:
+    """While open, tensors are made as modules want them. Nodes run in inference mode, whose tensors do not count how
+    often they were written to, by which a packed layer notices changes."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def build_model(content: Content) -> Any:
