@@ -33,7 +33,7 @@ def model_of(choice: str, named: str) -> str:
     if folder is None:
         from diffusers_ldmq.errors import CheckpointError
 
-        raise CheckpointError(f"{choice} is no pipeline folder any more; press R to refresh the list and choose another")
+        raise CheckpointError(f"{choice} is no pipeline folder any more; press R to refresh the list, choose another")
     return str(folder)
 
 

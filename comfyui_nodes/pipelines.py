@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_ldmq import Plan, QuantizedLDMPipeline
+from diffusers_ldmq.backends import fast_dtype
 from diffusers_ldmq.checkpoints import stored_config
 from diffusers_ldmq.demo import MODEL
 from diffusers_ldmq.errors import LDMQError, PlanError
@@ -24,7 +25,6 @@ from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.progress import StageProgress
 from diffusers_ldmq.sampling import Sampling, sample_pictures
 from diffusers_ldmq.summary import mb
-from diffusers_ldmq.backends import fast_dtype
 
 from .interrupting import interruptible
 from .presets import Preset
@@ -113,8 +113,8 @@ def _refuse_unused(order: Order, quantized: bool) -> None:
     what = "a plan is connected" if order.plan is not None else f"a target ({order.target}) is given"
     if quantized:
         raise LDMQError(
-            f"{order.model}: is quantized already, and {what}; empty the target and disconnect the plan to load it as it "
-            "is, or name the float model that it was made of to quantize that anew"
+            f"{order.model}: is quantized already, and {what}; empty the target and disconnect the plan to load it as "
+            "it is, or name the float model that it was made of to quantize that anew"
         )
     if order.preset is None and order.plan is None:
         raise LDMQError(f"{order.model}: {what}, but quantize says no; choose Safe, Balanced or Smallest there")

@@ -24,9 +24,9 @@ class LDMQPipelineLoader(io.ComfyNode):
         return schema(
             "ldmq_pipeline_loader",
             display_name="LDM-Q Pipeline loader",
-            description="Load a diffusers pipeline: the small model that comes with LDM-Q, a folder, or one from the hub. "
-            "A float pipeline is profiled, planned, calibrated and quantized; what that gave is kept, so the next time "
-            "is quick. A pipeline that is quantized already just loads.",
+            description="Load a diffusers pipeline: the small model that comes with LDM-Q, a folder, or one from the "
+            "hub. A float pipeline is profiled, planned, calibrated and quantized; what that gave is kept, so the "
+            "next time is quick. A pipeline that is quantized already just loads.",
             search_aliases=["diffusers", "hugging face", "int8", "quantize", "pipeline"],
             inputs=[
                 io.Combo.Input(
@@ -64,8 +64,8 @@ class LDMQPipelineLoader(io.ComfyNode):
                     options=list(SELECTIONS),
                     default="first-step",
                     advanced=True,
-                    tooltip="first-step: activation ranges from the first sampling step, where they are widest. uniform: "
-                    "from every step of the schedule, which takes longer.",
+                    tooltip="first-step: activation ranges from the first sampling step, where they are widest. "
+                    "uniform: from every step of the schedule, which takes longer.",
                 ),
                 accepted(
                     io.Int.Input,

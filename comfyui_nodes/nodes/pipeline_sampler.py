@@ -30,8 +30,9 @@ class LDMQPipelineSampler(io.ComfyNode):
                     "prompt",
                     default="red apple",
                     multiline=True,
-                    tooltip="What to draw. The bundled model knows names of emoji, without an article. Class-conditional "
-                    "pipelines take a label here, a number or a name; for unconditional ones leave it empty.",
+                    tooltip="What to draw. The bundled model knows names of emoji, without an article. "
+                    "Class-conditional pipelines take a label here, a number or a name; leave it empty for "
+                    "unconditional ones.",
                 ),
                 io.String.Input(
                     "negative",
@@ -60,7 +61,7 @@ class LDMQPipelineSampler(io.ComfyNode):
                     default=0,
                     min=0,
                     max=LARGEST_SEED,
-                    tooltip="Noise to start from. The same seed gives the same picture; further pictures of a batch count up.",
+                    tooltip="Noise to start from. The same seed gives the same picture; a batch counts up from it.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures."),
                 accepted(

@@ -18,16 +18,17 @@ class LDMQPipelineSave(io.ComfyNode):
         return schema(
             "ldmq_pipeline_save",
             display_name="LDM-Q Pipeline save",
-            description="Save a pipeline as an ordinary diffusers folder in models/ldmq_pipelines, where LDM-Q Pipeline "
-            "loader lists it. It opens in Python and can be pushed to the hub; its denoiser opens in LDM-Q Load model.",
+            description="Save a pipeline as an ordinary diffusers folder in models/ldmq_pipelines, where LDM-Q "
+            "Pipeline loader lists it. It opens in Python and can be pushed to the hub; its denoiser "
+            "opens in LDM-Q Load model.",
             search_aliases=["diffusers", "save pretrained", "export pipeline", "hugging face"],
             inputs=[
                 PIPELINE.Input("pipeline", tooltip="From LDM-Q Pipeline loader; usually a quantized one."),
                 io.String.Input(
                     "filename_prefix",
                     default="my-pipeline-ldmq",
-                    tooltip="Name of the folder in models/ldmq_pipelines; sd15/name makes a subfolder. A number is added, "
-                    "so nothing is overwritten.",
+                    tooltip="Name of the folder in models/ldmq_pipelines; sd15/name makes a subfolder. A number is "
+                    "added, so nothing is overwritten.",
                 ),
             ],
             outputs=[text_output("Where the pipeline was saved, and how large it is.")],
