@@ -1,1 +1,1 @@
-"""What the nodes do to ComfyUI's own MODEL. Imports ComfyUI and diffusers_ldmq: only to be imported where nodes run."""
+"""ComfyUI's own MODEL, quantized. Imported when a node first runs: it loads comfy and diffusers_ldmq."""

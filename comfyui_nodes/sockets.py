@@ -1,0 +1,78 @@
+"""ComfyUI's node API as this pack uses it: own socket types, and keywords that an older API lacks left out."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from comfy.samplers import KSampler
+from comfy_api.latest import io
+
+T = TypeVar("T")
+
+CATEGORY = "LDM-Q"
+PROFILE = io.Custom("LDMQ_PROFILE")
+PLAN = io.Custom("LDMQ_PLAN")
+CALIBRATION = io.Custom("LDMQ_CALIBRATION")
+PIPELINE = io.Custom("LDMQ_PIPELINE")
+
+YOUNGER = frozenset({"advanced", "search_aliases", "is_dev_only", "has_intermediate_output"})
+"""Keywords that came after the first V3 API. Leaving them out costs comfort, never function."""
+LARGEST_SEED = 2**64 - 1
+
+
+def accepted(make: Callable[..., T], *args: Any, **keywords: Any) -> T:
+    """make(*args, **keywords) without those of YOUNGER that the installed API does not know."""
+    known = inspect.signature(make).parameters
+    return make(*args, **{key: value for key, value in keywords.items() if key in known or key not in YOUNGER})
+
+
+def schema(node_id: str, **keywords: Any) -> io.Schema:
+    """An io.Schema of this pack's category, with the node's own id among what it is told (for progress)."""
+    return accepted(io.Schema, node_id=node_id, category=CATEGORY, hidden=[io.Hidden.unique_id], **keywords)
+
+
+def text_output(tooltip: str) -> io.String.Output:
+    """The last output of most nodes: what was done, in words."""
+    return io.String.Output("text", tooltip=f"{tooltip} Wire it to Preview as Text to keep it on the canvas.")
+
+
+def sampling_inputs(seed: str, seed_tooltip: str) -> list[io.Input]:
+    """Inputs that say how to sample, with KSampler's names and defaults. seed: the id of the seed input.
+
+    An INT whose id is 'seed' gets ComfyUI's "control after generate", which draws a new one after every run.
+    """
+    return [
+        accepted(io.Int.Input, seed, default=0, min=0, max=LARGEST_SEED, tooltip=seed_tooltip),
+        accepted(
+            io.Int.Input,
+            "steps",
+            default=20,
+            min=1,
+            max=1000,
+            tooltip="Sampling steps. Use the number that you sample with: the noise differs from step to step.",
+        ),
+        accepted(
+            io.Float.Input,
+            "cfg",
+            default=8.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            round=0.01,
+            tooltip="Guidance scale. Use the one that you sample with.",
+        ),
+        accepted(
+            io.Combo.Input,
+            "sampler_name",
+            options=list(KSampler.SAMPLERS),
+            default="euler",
+            tooltip="Sampler. Use the one that you sample with; euler makes one model call per step.",
+        ),
+        accepted(
+            io.Combo.Input,
+            "scheduler",
+            options=list(KSampler.SCHEDULERS),
+            default="normal",
+            tooltip="Noise schedule. Use the one that you sample with.",
+        ),
+    ]
