@@ -7,17 +7,19 @@ from typing import NoReturn
 
 import folder_paths
 
-PLANS, MODELS, STOCK_MODELS = "ldmq_plans", "ldmq_models", "diffusion_models"
-SUFFIXES = {PLANS: ".json", MODELS: ".safetensors", STOCK_MODELS: ".safetensors"}
-"""What this pack writes into each folder; of the first two also what it lists."""
+PLANS, MODELS, PIPELINES = "ldmq_plans", "ldmq_models", "ldmq_pipelines"
+STOCK_MODELS = "diffusion_models"
+SUFFIXES = {PLANS: ".json", MODELS: ".safetensors", PIPELINES: "", STOCK_MODELS: ".safetensors"}
+"""What this pack writes into each folder, pipelines being folders; of plans and models also what it lists."""
 NO_FILE = "(none)"
 """First entry of combos that list files: none of them."""
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]')
 
 
 def register_folders() -> None:
-    """Make models/ldmq_plans and models/ldmq_models known to ComfyUI, beside what extra_model_paths.yaml names."""
-    for kind in (PLANS, MODELS):
+    """Make models/ldmq_plans, ldmq_models and ldmq_pipelines known to ComfyUI, beside what extra_model_paths.yaml
+    names."""
+    for kind in (PLANS, MODELS, PIPELINES):
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
         paths = folder_paths.folder_names_and_paths[kind][0]
         folder_paths.folder_names_and_paths[kind] = (paths, {SUFFIXES[kind]})

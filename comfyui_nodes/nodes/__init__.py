@@ -6,6 +6,9 @@ from .calibrate import LDMQCalibrate
 from .compare import LDMQCompare
 from .export import LDMQExport
 from .load import LDMQLoadModel
+from .pipeline_loader import LDMQPipelineLoader
+from .pipeline_sampler import LDMQPipelineSampler
+from .pipeline_save import LDMQPipelineSave
 from .plan import LDMQPlan
 from .plan_advanced import LDMQPlanAdvanced
 from .profile import LDMQProfile
@@ -22,5 +25,8 @@ NODES: tuple[type[io.ComfyNode], ...] = (
     LDMQLoadModel,
     LDMQExport,
     LDMQCompare,
+    LDMQPipelineLoader,
+    LDMQPipelineSampler,
+    LDMQPipelineSave,
 )
 """Every node of the pack, in the order of the work."""
