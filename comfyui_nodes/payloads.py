@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from diffusers_ldmq.artifacts import Plan, Profile
@@ -85,7 +85,7 @@ def _content(payload: Any, kind: str) -> Mapping[str, Any]:
     return payload
 
 
-def _refuse(message: str) -> Any:
+def _refuse(message: str) -> NoReturn:
     from diffusers_ldmq.errors import PlanError
 
     raise PlanError(message)
