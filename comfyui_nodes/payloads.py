@@ -54,7 +54,7 @@ def from_ranges(ranges: "InputRanges") -> dict[str, Any]:
 
 
 def to_ranges(payload: Any) -> "InputRanges":
-    """Calibrated input ranges that came through a CALIBRATION socket. Raises CalibrationError if they are none."""
+    """Calibrated input ranges that came through a CALIBRATION socket. Raises PlanError if they are none."""
     from .native.ranges import InputRanges
 
     content = _content(payload, CALIBRATION)
@@ -66,7 +66,7 @@ def to_ranges(payload: Any) -> "InputRanges":
             observer=str(content["observer"]),
             samples=int(content["samples"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+    except (LookupError, TypeError, ValueError, AttributeError) as cause:
         _refuse(f"a calibration is damaged ({type(cause).__name__}: {cause}); make it again with LDM-Q Calibrate")
 
 
