@@ -102,7 +102,10 @@ class StandIn:
     def _folders(self, paths: Any) -> None:
         paths.models_dir = str(self.base / "models")
         stock = [str(self.base / "models" / name) for name in ("unet", "diffusion_models")]
-        paths.folder_names_and_paths = {"diffusion_models": (stock, {".safetensors"})}
+        paths.folder_names_and_paths = {
+            "diffusion_models": (stock, {".safetensors"}),
+            "diffusers": ([str(self.base / "models" / "diffusers")], ["folder"]),
+        }
 
         def add(folder_name: str, full_folder_path: str, is_default: bool = False) -> None:
             known = paths.folder_names_and_paths.setdefault(folder_name, ([], set()))
