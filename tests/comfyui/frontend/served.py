@@ -1,7 +1,7 @@
-"""ComfyUI's real frontend in a browser, without a server: its package's files, and short answers where it asks for data.
+"""ComfyUI's real frontend in a browser, without a server: its package's files, and short answers to what it asks.
 
-Nothing is executed. What loading a workflow gives, which nodes it lacks, what its widgets hold and which prompt it sends
-are the frontend's own doing.
+Nothing is executed. What loading a workflow gives, which nodes it lacks, what its widgets hold and which prompt it
+sends are the frontend's own doing.
 """
 
 import json
@@ -24,7 +24,13 @@ ANSWERS: dict[str, Any] = {
         "Comfy.Graph.CanvasMenu": False,
     },
     "/api/system_stats": {
-        "system": {"os": "linux", "comfyui_version": "0.29.0", "python_version": "3.11", "pytorch_version": "2", "argv": []},
+        "system": {
+            "os": "linux",
+            "comfyui_version": "0.29.0",
+            "python_version": "3.11",
+            "pytorch_version": "2",
+            "argv": [],
+        },
         "devices": [],
     },
     "/api/jobs": {"jobs": [], "pagination": {"offset": 0, "limit": 200, "total": 0, "has_more": False}},

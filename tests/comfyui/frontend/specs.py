@@ -1,6 +1,7 @@
-"""The workflows of the pack as a person would describe them; write_workflows.py has the frontend turn them into files."""
+"""The workflows of the pack as a person would describe them; write_workflows.py makes the frontend write them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
@@ -23,15 +24,6 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Note:
-    """Text on the canvas, in Markdown."""
-
-    text: str
-    place: tuple[int, int, int, int]
-    title: str = "Note"
-
-
-@dataclass(frozen=True)
 class Group:
     """A frame around nodes."""
 
@@ -42,12 +34,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Workflow:
-    """name: of the files, without their endings."""
+    """name: of the files, without their endings; nodes: by names that links use. What the user should know first is in
+    notes/NAME.md."""
 
     name: str
     nodes: dict[str, Node]
-    notes: tuple[Note, ...] = ()
-    groups: tuple[Group, ...] = field(default=())
+    groups: tuple[Group, ...]
+
+    @property
+    def note(self) -> str:
+        """Markdown."""
+        return (Path(__file__).with_name("notes") / f"{self.name}.md").read_text(encoding="utf-8").strip()
 
 
 def checkpoint(x: int, y: int, model: str = CHECKPOINT) -> Node:
@@ -64,7 +61,10 @@ def prompts(x: int, y: int, source: str = "checkpoint") -> dict[str, Node]:
             "Positive prompt",
         ),
         "negative": Node(
-            "CLIPTextEncode", {"text": "blurry, text, watermark", "clip": (source, 1)}, (x, y + 210, 380, 120), "Negative prompt"
+            "CLIPTextEncode",
+            {"text": "blurry, text, watermark", "clip": (source, 1)},
+            (x, y + 210, 380, 120),
+            "Negative prompt",
         ),
         "latent": Node("EmptyLatentImage", {"width": 512, "height": 512, "batch_size": 1}, (x, y + 390, 380, 0)),
     }
@@ -119,17 +119,6 @@ QUICK_START = Workflow(
         "picture": Node("SaveImage", {"images": ("sampler", 0), "filename_prefix": "ldmq/emoji"}, (920, 320, 480, 520)),
         "told": text("loader", 1, (40, 640, 380, 200), "What was loaded"),
     },
-    (
-        Note(
-            "## Quick start\n\nPress **Run**. Nothing is downloaded: a small model that draws emoji comes with LDM-Q. It is "
-            "profiled, planned, calibrated, quantized and checked, which takes about a minute the first time and is kept for "
-            "the next.\n\n- Try other emoji: *hot air balloon*, *green heart*, *owl*.\n- Set **quantize** to *no, as it is* and "
-            "compare.\n- For a model of your own, write its hub id or folder into **hub_id_or_folder**.\n- To keep the quantized "
-            "pipeline, add **LDM-Q Pipeline save**.",
-            (40, 0, 820, 200),
-            "Start here",
-        ),
-    ),
     (Group("Load and quantize", (20, 240, 420, 620)), Group("Draw", (460, 240, 960, 620), GREEN)),
 )
 
@@ -151,25 +140,18 @@ QUANTIZE = Workflow(
             (1340, 680, 340, 0),
         ),
         "save": Node(
-            "ldmq_save_model", {"model": ("quantize", 0), "filename_prefix": SAVED, "overwrite": False}, (1740, 320, 340, 0)
+            "ldmq_save_model",
+            {"model": ("quantize", 0), "filename_prefix": SAVED, "overwrite": False},
+            (1740, 320, 340, 0),
         ),
         "saved": text("save", 0, (1740, 500, 340, 120), "Where it is"),
         "sampler": sampler("quantize", 1740, 680),
         "decode": Node("VAEDecode", {"samples": ("sampler", 0), "vae": ("checkpoint", 2)}, (2120, 320, 220, 0)),
-        "picture": Node("SaveImage", {"images": ("decode", 0), "filename_prefix": "ldmq/quantized"}, (2120, 420, 420, 520)),
+        "picture": Node(
+            "SaveImage", {"images": ("decode", 0), "filename_prefix": "ldmq/quantized"}, (2120, 420, 420, 520)
+        ),
         "told": text("quantize", 1, (1340, 800, 340, 180), "What was quantized"),
     },
-    (
-        Note(
-            "## Quantize a checkpoint and save it\n\n1. Choose your **checkpoint**, and prompts like those you use.\n2. Press "
-            "**Run**. *Profile* measures where quantization noise arises, *Plan* decides layer by layer, *Calibrate* runs one "
-            "sampling step, *Quantize* makes a smaller MODEL for any KSampler.\n3. The file is in `models/ldmq_models`; open it "
-            "with **LDM-Q Load model**, as in the workflow *load_quantized_with_lora*.\n\nThe float model stays in memory as "
-            "long as the checkpoint loader is in the graph: with Load model it never gets there.",
-            (40, 0, 820, 200),
-            "Start here",
-        ),
-    ),
     (
         Group("Model and prompts", (20, 240, 420, 760)),
         Group("Measure", (480, 240, 380, 760), PURPLE),
@@ -193,19 +175,10 @@ LOAD = Workflow(
         **prompts(480, 320),
         "sampler": sampler("lora", 920, 320),
         "decode": Node("VAEDecode", {"samples": ("sampler", 0), "vae": ("checkpoint", 2)}, (920, 660, 220, 0)),
-        "picture": Node("SaveImage", {"images": ("decode", 0), "filename_prefix": "ldmq/with-lora"}, (1280, 320, 460, 540)),
-    },
-    (
-        Note(
-            "## Use a quantized model, with a LoRA\n\nChoose the **model file** that *LDM-Q Save model* wrote and a **LoRA**. "
-            "LoRA, ControlNet and KSampler are ComfyUI's own and do not know that the model is quantized.\n\nThe checkpoint gives "
-            "the text encoder and the VAE only; its denoiser is not used. Models with separate files for these (SDXL, SD3, Flux) "
-            "take *Load CLIP* and *Load VAE* instead.\n\nShared on the hub? Leave the file at *(none)* and write the hub id into "
-            "**folder_or_hub_id**.",
-            (40, 0, 820, 200),
-            "Start here",
+        "picture": Node(
+            "SaveImage", {"images": ("decode", 0), "filename_prefix": "ldmq/with-lora"}, (1280, 320, 460, 540)
         ),
-    ),
+    },
     (
         Group("Quantized model and LoRA", (20, 240, 420, 760), PURPLE),
         Group("Prompts", (460, 240, 420, 760)),
@@ -235,19 +208,11 @@ COMPARE = Workflow(
             {"reference": ("checkpoint", 0), "model": ("quantize", 0), "vae": ("checkpoint", 2), **MEASURED, **SAMPLER},
             (1740, 320, 620, 660),
         ),
-        "picture": Node("SaveImage", {"images": ("compare", 0), "filename_prefix": "ldmq/compare"}, (2400, 320, 560, 420)),
+        "picture": Node(
+            "SaveImage", {"images": ("compare", 0), "filename_prefix": "ldmq/compare"}, (2400, 320, 560, 420)
+        ),
         "told": text("compare", 1, (2400, 800, 560, 180), "How far apart"),
     },
-    (
-        Note(
-            "## Compare float with quantized\n\nBoth models start from the same noise. The picture shows the float model's, the "
-            "quantized one's and their difference; the text says how far apart they are in decibels (more is closer: from about "
-            "30 dB on the pictures look the same).\n\nTry the presets *Safe* and *Smallest* in **LDM-Q Plan**: the profile is "
-            "kept, so only what changed is made again.",
-            (40, 0, 820, 200),
-            "Start here",
-        ),
-    ),
     (
         Group("Model and prompts", (20, 240, 420, 760)),
         Group("Measure", (480, 240, 380, 760), PURPLE),
@@ -267,7 +232,10 @@ REPORT = Workflow(
         "told": text("profile", 2, (880, 840, 620, 180), "Where noise arises"),
         **{
             f"plan {preset}": Node(
-                "ldmq_plan", {"profile": ("profile", 0), "preset": preset}, (1560, 320 + 390 * row, 380, 330), f"Plan: {preset}"
+                "ldmq_plan",
+                {"profile": ("profile", 0), "preset": preset},
+                (1560, 320 + 390 * row, 380, 330),
+                f"Plan: {preset}",
             )
             for row, preset in enumerate(("Safe", "Balanced", "Smallest"))
         },
@@ -276,15 +244,6 @@ REPORT = Workflow(
             for row, preset in enumerate(("Safe", "Balanced", "Smallest"))
         },
     },
-    (
-        Note(
-            "## Profile report\n\nWhere does quantization noise arise in this model, and what would each preset do about it? "
-            "Nothing is quantized here. The chart is saved in `output/ldmq`.\n\nUse prompts, steps and cfg like those you sample "
-            "with: the noise differs from step to step.",
-            (40, 0, 820, 200),
-            "Start here",
-        ),
-    ),
     (
         Group("Model and prompts", (20, 240, 420, 760)),
         Group("Measure", (480, 240, 1040, 810), PURPLE),

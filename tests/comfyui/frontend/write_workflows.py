@@ -1,24 +1,23 @@
 """Write workflows/*.json and workflows/api/*.json out of specs.py with the real frontend, and pictures of the graphs.
 
-    python -m comfyui.frontend.write_workflows OBJECT_INFO.json     (in the folder tests)
-
-OBJECT_INFO.json is what a server that has the pack gives at /object_info.
+python -m comfyui.frontend.write_workflows     (in the folder tests, with the repository on PYTHONPATH)
 """
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from comfyui.frontend.browsing import browser_or_reason
+from comfyui.frontend.object_info import object_info
 from comfyui.frontend.served import Frontend
 from comfyui.frontend.specs import WORKFLOWS, Workflow
-from PIL import Image
+from PIL import Image, ImageOps
 
 FOLDER = Path(__file__).resolve().parents[3] / "workflows"
 THUMBNAIL = (640, 360)
-ARRANGE = """({places, titles, notes, groups}) => {
+NOTE_PLACE = (40, 0, 820, 200)
+ARRANGE = """({places, titles, note, groups}) => {
     for (const node of app.graph._nodes) {
         const [x, y, width, height] = places[node.id];
         node.pos = [x, y];
@@ -27,14 +26,12 @@ ARRANGE = """({places, titles, notes, groups}) => {
         if (titles[node.id]) node.title = titles[node.id];
         for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
     }
-    for (const note of notes) {
-        const node = LiteGraph.createNode("MarkdownNote");
-        app.graph.add(node);
-        node.title = note.title;
-        node.pos = note.place.slice(0, 2);
-        node.size = note.place.slice(2);
-        node.widgets[0].value = note.text;
-    }
+    const text = LiteGraph.createNode("MarkdownNote");
+    app.graph.add(text);
+    text.title = "Start here";
+    text.pos = note.place.slice(0, 2);
+    text.size = note.place.slice(2);
+    text.widgets[0].value = note.text;
     for (const {title, place, color} of groups) {
         const group = new LiteGraph.LGraphGroup(title);
         group.pos = place.slice(0, 2);
@@ -43,10 +40,19 @@ ARRANGE = """({places, titles, notes, groups}) => {
         app.graph.add(group);
     }
 }"""
-SHOW_ALL = """() => { app.canvas.ds.fitToBounds ? app.canvas.ds.fitToBounds(app.graph._nodes.reduce((all, node) => {
-    const [x, y, w, h] = node.boundingRect; return [Math.min(all[0], x), Math.min(all[1], y), Math.max(all[2], x + w),
-    Math.max(all[3], y + h)] }, [1e9, 1e9, -1e9, -1e9]).map((v, i, all) => i < 2 ? v - 20 : v - all[i - 2] + 40),
-    {zoom: 1}) : 0; app.canvas.setDirty(true, true) }"""
+WINDOW = {"width": 3000, "height": 1700}
+MARGIN = 90
+"""Pixels of the window that the frontend's own bars take at the left and the top."""
+SHOW_ALL = """margin => {
+    const boxes = [...app.graph._nodes, ...app.graph._groups].map(part => part.boundingRect);
+    const left = Math.min(...boxes.map(b => b[0])) - 20, top = Math.min(...boxes.map(b => b[1])) - 20;
+    const right = Math.max(...boxes.map(b => b[0] + b[2])) + 20, bottom = Math.max(...boxes.map(b => b[1] + b[3])) + 20;
+    const scale = Math.min(1, (innerWidth - margin) / (right - left), (innerHeight - margin) / (bottom - top));
+    app.canvas.ds.scale = scale;
+    app.canvas.ds.offset = [margin / scale - left, margin / scale - top];
+    app.canvas.setDirty(true, true);
+    return {x: margin, y: margin, width: (right - left) * scale, height: (bottom - top) * scale};
+}"""
 
 
 def api_of(workflow: Workflow) -> dict[str, Any]:
@@ -65,22 +71,30 @@ def api_of(workflow: Workflow) -> dict[str, Any]:
 def write(frontend: Frontend, workflow: Workflow) -> None:
     """Both files and the picture of one workflow."""
     nodes = dict(enumerate(workflow.nodes.values(), start=1))
-    frontend.page.evaluate("async ([api, name]) => { await app.loadApiJson(api, name) }", [api_of(workflow), workflow.name])
+    frontend.page.evaluate(
+        "async ([api, name]) => { await app.loadApiJson(api, name) }", [api_of(workflow), workflow.name]
+    )
     frontend.page.evaluate(
         ARRANGE,
         {
             "places": {number: list(node.place) for number, node in nodes.items()},
             "titles": {number: node.title for number, node in nodes.items()},
-            "notes": [vars(note) for note in workflow.notes],
+            "note": {"text": workflow.note, "place": list(NOTE_PLACE)},
             "groups": [vars(group) for group in workflow.groups],
         },
     )
     put(FOLDER / f"{workflow.name}.json", frontend.serialized())
     put(FOLDER / "api" / f"{workflow.name}.json", frontend.prompt())
-    frontend.page.evaluate(SHOW_ALL)
+    thumbnail(frontend).save(FOLDER / f"{workflow.name}.jpg", quality=85)
+
+
+def thumbnail(frontend: Frontend) -> Image.Image:
+    """The graph that is open, whole, on black."""
+    frontend.page.set_viewport_size(WINDOW)
+    box = frontend.page.evaluate(SHOW_ALL, MARGIN)
     frontend.page.wait_for_timeout(800)
-    picture = Image.open(io.BytesIO(frontend.page.locator("#graph-canvas").screenshot())).convert("RGB")
-    picture.resize(THUMBNAIL, Image.Resampling.LANCZOS).save(FOLDER / f"{workflow.name}.jpg", quality=85)
+    picture = Image.open(io.BytesIO(frontend.page.screenshot(clip=box))).convert("RGB")
+    return ImageOps.pad(picture, THUMBNAIL, Image.Resampling.LANCZOS)
 
 
 def put(path: Path, data: Any) -> None:
@@ -89,16 +103,15 @@ def put(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def main(object_info: str) -> None:
+def main() -> None:
     """Write all workflows."""
-    info = json.loads(Path(object_info).read_text(encoding="utf-8"))
     with browser_or_reason() as browser:
         assert not isinstance(browser, str), browser
-        frontend = Frontend(browser, info)
+        frontend = Frontend(browser, object_info())
         for workflow in WORKFLOWS:
             write(frontend, workflow)
         assert not frontend.errors, frontend.errors
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

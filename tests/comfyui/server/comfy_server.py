@@ -35,9 +35,9 @@ class Installation:
 
 @dataclass
 class Ran:
-    """One prompt that was run. outputs: node id -> what the browser got of it; error: of the node that failed, as ComfyUI
-    tells it ('exception_message', 'exception_type', 'node_type', 'traceback'), or None; interrupted: whether the user's
-    stop ended it."""
+    """One prompt that was run. outputs: node id -> what the browser got of it; error: of the node that failed, as
+    ComfyUI tells it ('exception_message', 'exception_type', 'node_type', 'traceback'), or None; interrupted: whether
+    the user's stop ended it."""
 
     outputs: dict[str, Any]
     error: dict[str, Any] | None = None
