@@ -13,18 +13,21 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from diffusers_ldmq import QuantizedLDMPipeline
+from diffusers_ldmq import Plan, QuantizedLDMPipeline
+from diffusers_ldmq.backends import fast_dtype
 from diffusers_ldmq.checkpoints import stored_config
 from diffusers_ldmq.demo import MODEL
-from diffusers_ldmq.errors import LDMQError
+from diffusers_ldmq.errors import LDMQError, PlanError
+from diffusers_ldmq.families import find_denoiser
 from diffusers_ldmq.folders import load_pipeline, save_pipeline
 from diffusers_ldmq.inspection import describe
+from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.progress import StageProgress
 from diffusers_ldmq.sampling import Sampling, sample_pictures
 from diffusers_ldmq.summary import mb
-from diffusers_ldmq.backends import fast_dtype
 
 from .interrupting import interruptible
+from .presets import Preset
 from .previews import previewer_of
 
 Check = Callable[[], None]
@@ -43,15 +46,30 @@ class LoadedPipeline:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to load. model: folder, hub id or the bundled model's word; quantizing: keywords of
-    QuantizedLDMPipeline.from_pretrained, empty to load the model as it is; insisted: whether they say more than a
-    preset, so that a quantized checkpoint must not pass them over; dtype: a name, or 'auto'."""
+    """What to load. model: folder, hub id or the bundled model's word; preset: None to load a float model as it is;
+    target: goes before the preset's, '' for that one; plan: goes before the preset; calibration: name of a selection;
+    steps: of the sampling that is measured; dtype: a name, or 'auto'."""
 
     model: str
-    quantizing: dict[str, Any]
-    insisted: bool = False
+    preset: Preset | None
+    target: str = ""
+    plan: Plan | None = None
+    calibration: str = "first-step"
+    steps: int = 20
     dtype: str = "auto"
     device: str = "cpu"
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of every way to load. Of the files only safetensors are read."""
+        return {"device": self.device, "use_safetensors": True}
+
+    def quantizing(self) -> dict[str, Any]:
+        """Keywords of QuantizedLDMPipeline.from_pretrained that quantize."""
+        given: dict[str, Any] = {"calibration": self.calibration, "steps": self.steps, "target": self.target or None}
+        if self.plan is not None:
+            return {**given, "plan": self.plan}
+        assert self.preset is not None
+        return {**given, "plan": "budget", "scheme": self.preset.scheme, "target": self.target or self.preset.target}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,30 +88,47 @@ class Wish:
 
 
 def load(order: Order, told: StageProgress, check: Check) -> LoadedPipeline:
-    """The pipeline on its device, quantized if asked for; a quantized checkpoint is loaded as it is. Reads safetensors
-    only.
+    """The pipeline on its device, quantized if asked for; a quantized checkpoint is loaded as it is.
 
-    Raises LDMQError for what cannot be loaded or quantized, and where quantizing was insisted on for a quantized one.
+    Raises LDMQError for what cannot be loaded or quantized, and for a target or plan with nothing to quantize.
     """
-    told("load", 0, 1)
+    told("loading", 0, 1)
     with torch.inference_mode(False), torch.no_grad(), interruptible(check):
         quantized = stored_config(order.model) is not None
-        if quantized and order.insisted:
-            raise LDMQError(
-                f"{order.model}: is quantized already; clear the target and disconnect the plan to load it as it is, "
-                "or name the float model that it was made of to quantize that anew"
-            )
-        options: dict[str, Any] = {"device": order.device, "use_safetensors": True}
+        if order.target or order.plan is not None:
+            _refuse_unused(order, quantized)
         if quantized:
-            pipe = QuantizedLDMPipeline.from_pretrained(order.model, **options)
-        elif order.quantizing:
-            options |= {"dtype": _dtype(order), "progress": told, **order.quantizing}
-            pipe = QuantizedLDMPipeline.from_pretrained(order.model, **options)
+            pipe = QuantizedLDMPipeline.from_pretrained(order.model, **order.options())
+        elif order.preset is None and order.plan is None:
+            pipe = load_pipeline(order.model, dtype=_dtype(order), **order.options())
         else:
-            pipe = load_pipeline(order.model, dtype=_dtype(order), **options)
+            pipe = _quantized(order, told)
     pipe.set_progress_bar_config(disable=True)
-    told("load", 1, 1)
+    told("loading", 1, 1)
     return LoadedPipeline(pipe, order.model)
+
+
+def _refuse_unused(order: Order, quantized: bool) -> None:
+    """Raise LDMQError where a target or plan would change nothing."""
+    what = "a plan is connected" if order.plan is not None else f"a target ({order.target}) is given"
+    if quantized:
+        raise LDMQError(
+            f"{order.model}: is quantized already, and {what}; empty the target and disconnect the plan to load it as "
+            "it is, or name the float model that it was made of to quantize that anew"
+        )
+    if order.preset is None and order.plan is None:
+        raise LDMQError(f"{order.model}: {what}, but quantize says no; choose Safe, Balanced or Smallest there")
+
+
+def _quantized(order: Order, told: StageProgress) -> Any:
+    given = {**order.options(), **order.quantizing(), "dtype": _dtype(order), "progress": told}
+    try:
+        return QuantizedLDMPipeline.from_pretrained(order.model, **given)
+    except PlanError:
+        if order.target or order.plan is not None or given["target"] is None:
+            raise
+        # a preset works on every model: a size that this one cannot have gives way to the planner's own rule
+        return QuantizedLDMPipeline.from_pretrained(order.model, **{**given, "target": None})
 
 
 def _dtype(order: Order) -> torch.dtype:
@@ -108,7 +143,7 @@ def _dtype(order: Order) -> torch.dtype:
     return fast_dtype(order.device) if takes_text else torch.float32
 
 
-def told(loaded: LoadedPipeline) -> str:
+def told_of(loaded: LoadedPipeline) -> str:
     """What the pipeline is, and what to give it."""
     found = describe(loaded.pipe)
     lines = [f"{loaded.name}: {found.pipeline} with a {found.denoiser} in {found.dtype}"]
@@ -208,3 +243,8 @@ def save(loaded: LoadedPipeline, folder: Path) -> None:
         loaded.pipe.save_pretrained(folder)
     else:
         save_pipeline(loaded.pipe, folder)
+
+
+def is_quantized(loaded: LoadedPipeline) -> bool:
+    """Whether the pipeline's denoiser is quantized."""
+    return bool(quantized_layers(find_denoiser(loaded.pipe)[1]))

@@ -1,4 +1,4 @@
-"""Pictures of unfinished latents, of any pipeline: decoded where the autoencoder is small, else by its best linear map."""
+"""Pictures of unfinished latents: decoded where the autoencoder is small, else by the linear map that fits it best."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,7 @@ def _fitted_colours(autoencoder: nn.Module) -> Tensor | None:
         return None
     latents = _scaled(autoencoder, latents).float().cpu()
     rows = latents.flatten(2)[0].T
-    wanted = F.adaptive_avg_pool2d(picture, latents.shape[-2:]).flatten(2)[0].T
+    wanted = F.adaptive_avg_pool2d(picture, (latents.shape[-2], latents.shape[-1])).flatten(2)[0].T
     return torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1)], dim=1), wanted).solution
 
 
