@@ -96,7 +96,10 @@ def _told(layers: dict[str, LDMQLayer], reasons: dict[str, str | None]) -> str:
     lines = [
         f"{len(kept)} of {len(layers)} quantized layers ({share:.0%} of their weights) exported as int8 "
         f"({STOCK['format']}, one scale for each row).",
-        *(f"{count} {reason}: as fp16." for reason, count in Counter(r for r in reasons.values() if r).items()),
+        *(
+            f"{count} {reason}: as the fp16 values of their integers."
+            for reason, count in Counter(r for r in reasons.values() if r).items()
+        ),
     ]
     static = sum(1 for name in kept if layers[name].scheme.is_static)
     if static:
