@@ -135,8 +135,8 @@ class Recording:
             for path, value in call.constants.items():
                 if isinstance(value, InMemory):
                     raise RecordingError(
-                        f"argument {path!r} of the recorded {self.denoiser} holds Python objects that no file can keep; "
-                        f"use this recording in the process that made it"
+                        f"argument {path!r} of the recorded {self.denoiser} holds Python objects that no file can "
+                        f"keep; use this recording in the process that made it"
                     )
         save_file({k: t.contiguous() for k, t in self.tensors.items()}, Path(folder) / "recording.safetensors")
         head = {"format_version": FORMAT_VERSION, "denoiser": self.denoiser, "sampler_calls": self.sampler_calls}

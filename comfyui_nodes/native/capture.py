@@ -13,7 +13,7 @@ import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_ldmq.errors import LDMQError, RecordingError
 from diffusers_ldmq.progress import Progress
@@ -133,11 +133,45 @@ def listening(model: Any, wrap: Wrap) -> Iterator[Any]:
     kinds = comfy.patcher_extension.WrappersMP
     clone = model.clone()
     clone.remove_wrappers_with_key(kinds.APPLY_MODEL, COMPILED)
-    clone.add_wrapper_with_key(kinds.DIFFUSION_MODEL, KEY, wrap)
+    denoiser = model.model.diffusion_model
+    kind, added = (kinds.DIFFUSION_MODEL, wrap) if _asks_wrappers(denoiser) else (kinds.APPLY_MODEL, _around(wrap))
+    clone.add_wrapper_with_key(kind, KEY, added)
     try:
         yield clone
     finally:
-        clone.remove_wrappers_with_key(kinds.DIFFUSION_MODEL, KEY)
+        clone.remove_wrappers_with_key(kind, KEY)
+
+
+def _asks_wrappers(denoiser: nn.Module) -> bool:
+    """Whether the denoiser calls ComfyUI's wrappers itself; SD3's does not."""
+    methods = [cls.__dict__.get("forward") for cls in type(denoiser).__mro__]
+    return any("DIFFUSION_MODEL" in method.__code__.co_names for method in methods if hasattr(method, "__code__"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a wrapper gets of a denoiser that calls none: the denoiser and its forward."""
+
+    class_obj: nn.Module
+    original: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+
+def _around(wrap: Wrap) -> Wrap:
+    """A wrapper of the whole MODEL that puts `wrap` around its denoiser for as long as it runs."""
+
+    def apply(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        denoiser = executor.class_obj.diffusion_model
+        call = _Call(denoiser, denoiser.forward)
+        denoiser.forward = lambda *a, **k: wrap(call, *a, **k)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            del denoiser.forward
+
+    return apply
 
 
 def sample(

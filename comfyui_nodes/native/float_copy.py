@@ -6,10 +6,13 @@ that can be differentiated or have layers replaced.
 
 from __future__ import annotations
 
+import dis
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from types import FrameType
 from typing import Any
 
 import comfy.model_management
@@ -25,23 +28,27 @@ TOLD_EVERY = 0.1
 """Seconds between two signs of life."""
 HEADROOM = 1.25
 """A copy must leave room for what it computes: so many times its weights must be free."""
-IN_PLACE = {
-    Tensor.__iadd__: Tensor.__add__,
-    Tensor.__isub__: Tensor.__sub__,
-    Tensor.__imul__: Tensor.__mul__,
-    Tensor.__itruediv__: Tensor.__truediv__,
-}
+IN_PLACE = {Tensor.add_: Tensor.add, Tensor.sub_: Tensor.sub, Tensor.mul_: Tensor.mul, Tensor.div_: Tensor.div}
+BINARY_OP = dis.opmap["BINARY_OP"]
+FIRST_AUGMENTED = 13
+"""From this argument of BINARY_OP on it stands for +=, -=, ... (NB_INPLACE_ADD of CPython's opcode.h)."""
 
 
 class OutOfPlace(TorchFunctionMode):
-    """While it is open `a += b` gives `a` a new tensor where gradients flow: what is saved for the backward pass stays
-    as it was. Values and dtypes are the same."""
+    """While it is open and gradients are on, `a += b` gives `a` a new tensor: what is saved for the backward pass stays
+    as it was. Values and dtypes are the same. `a.add_(b)`, whose result nobody takes, still writes into `a`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         plain = IN_PLACE.get(func)
-        if plain is None or not (torch.is_grad_enabled() and isinstance(args[0], Tensor)):
+        if plain is None or not torch.is_grad_enabled() or not _is_augmented(sys._getframe(1)):
             return func(*args, **(kwargs or {}))
         return plain(*args).to(args[0].dtype)
+
+
+def _is_augmented(frame: FrameType) -> bool:
+    """Whether the frame is executing an augmented assignment such as `+=`."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    return code[at] == BINARY_OP and code[at + 1] >= FIRST_AUGMENTED
 
 
 def copy_dtype(denoiser: nn.Module, own: torch.dtype) -> torch.dtype:
@@ -78,6 +85,7 @@ def float_copy(executor: Any, device: torch.device, dtype: torch.dtype) -> nn.Mo
                 memo.update({id(value): _converted(value, dtype) for value in own if value is not None})
         made = deepcopy(denoiser, memo)
     recast(made, dtype)
+    made.__dict__.pop("forward", None)  # a capture's own, of a denoiser that calls no wrappers
     made.__class__ = _runnable(type(denoiser), executor.original.__name__)
     return made.eval()
 
@@ -220,9 +228,25 @@ def _noted(arg: Any) -> Any:
 
 
 @contextmanager
+def differentiable() -> Iterator[None]:
+    """While open, ComfyUI's models compute with what gradients can pass, as when they are trained, and add nothing in
+    place."""
+    management = comfy.model_management
+    before = getattr(management, "in_training", None)
+    try:
+        if before is not None:
+            management.in_training = True
+        with OutOfPlace():
+            yield
+    finally:
+        if before is not None:
+            management.in_training = before
+
+
+@contextmanager
 def alive(denoiser: nn.Module, tell: Callable[[], None]) -> Iterator[None]:
-    """While open, `tell` is called every tenth of a second that the denoiser works, forwards and backwards; it may raise
-    to stop it. Nothing that is computed changes."""
+    """While open, `tell` is called every tenth of a second that the denoiser works, forwards and backwards; it may
+    raise to stop it. Nothing that is computed changes."""
     told = [time.monotonic()]
 
     def look(*ignored: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from .capture import (
     sample,
     timestep_of,
 )
-from .float_copy import OutOfPlace, alive, copy_dtype, placed
+from .float_copy import alive, copy_dtype, differentiable, placed
 from .patching import check_plan, refuse_unfit_model, source_layers
 from .ranges import InputRanges
 from .recorder import Recorder, with_reference
@@ -114,9 +113,7 @@ def _copies(scene: Scene, sampling: Sampling, timesteps: int) -> int:
     return max(1, min(math.ceil(FEW_ROWS / rows), MOST_IMAGES // scene.images))
 
 
-def record_model(
-    model: Any, scene: Scene, sampling: Sampling, progress: Share
-) -> tuple[nn.Module, Recording]:
+def record_model(model: Any, scene: Scene, sampling: Sampling, progress: Share) -> tuple[nn.Module, Recording]:
     """(float copy of the denoiser, recording of its calls): the set 'calibrate' holds the first step at the sampling's
     seed, 'select' a whole run at the next one. The MODEL stays as it is."""
     own: list[torch.dtype] = []
@@ -141,7 +138,7 @@ def record_model(
 def _measuring(denoiser: nn.Module, progress: Share) -> Iterator[None]:
     """Around what computes on a float copy: with gradients where they are asked for, and interruptible."""
     try:
-        with torch.inference_mode(False), alive(denoiser, progress.again), OutOfPlace(), explained("measured"):
+        with torch.inference_mode(False), alive(denoiser, progress.again), differentiable(), explained("measured"):
             yield
     finally:
         give_back()
