@@ -20,8 +20,8 @@ MERGING = (
     "float MODELs first and put LDM-Q Quantize behind; for a LoRA use the Load LoRA node"
 )
 SAVING = (
-    "a MODEL quantized by LDM-Q cannot be saved as a stock checkpoint; use LDM-Q Save model, or LDM-Q Export for a file "
-    "that the stock loaders open"
+    "a MODEL quantized by LDM-Q cannot be saved as a stock checkpoint; use LDM-Q Save model, or LDM-Q Export for a "
+    "file that the stock loaders open"
 )
 
 

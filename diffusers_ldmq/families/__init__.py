@@ -9,14 +9,14 @@ from torch import nn
 from ..errors import RecordingError
 from ..registry import Registry
 from ..tables import Block, LayerInfo, LayerTable
-from . import transformer, unet
+from . import dit, ldm_unet, transformer, unet
 from .contract import Family
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d)
 
 
 FAMILIES: Registry[Family] = Registry("family")
-for _family in (unet.FAMILY, transformer.FAMILY):
+for _family in (unet.FAMILY, transformer.FAMILY, ldm_unet.FAMILY, dit.FAMILY):
     FAMILIES.add(_family.name, _family)
 
 
@@ -32,7 +32,7 @@ def find_denoiser(pipe: Any) -> tuple[str, nn.Module]:
     found = {n: type(c).__name__ for n, c in components.items() if isinstance(c, nn.Module)}
     raise RecordingError(
         f"{type(pipe).__name__} has no denoiser that can be quantized; its models are {found or 'none'}, "
-        f"known denoisers are {sorted({c for _, f in FAMILIES.items() for c in f.classes})}"
+        f"known denoisers are {sorted({c for _, f in FAMILIES.items() if f.components for c in f.classes})}"
     )
 
 

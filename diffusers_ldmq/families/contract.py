@@ -10,7 +10,8 @@ from torch import nn
 class Family:
     """A kind of denoiser.
 
-    components: pipeline attributes to look at; classes: class names (a subclass counts too);
+    components: pipeline attributes to look at, empty for denoisers that no diffusers pipeline has; classes: class
+    names (a subclass counts too);
     place: layer name -> (sort key in execution order, block name, part); keep_float: regular expression that is
     searched in a layer's name, matches stay in floating point by default;
     skip_split: layer name -> how many of its input channels come from the layer before it, the rest from the skip

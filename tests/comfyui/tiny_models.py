@@ -1,5 +1,6 @@
 """Tiny random models of ComfyUI's own classes, and what sampling them takes. ComfyUI is imported where it is needed."""
 
+import copy
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ SD15 = {
     "use_temporal_attention": False,
 }  # fmt: skip
 SDXL = SD15 | {
-    "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential", "num_heads": -1,
-    "num_head_channels": 16,
+    "model_channels": 64, "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential",
+    "num_heads": -1, "num_head_channels": 64,
 }  # fmt: skip
 SD3 = {
     "in_channels": 16, "patch_size": 2, "depth": 4, "input_size": None, "num_patches": 64, "pos_embed_max_size": 8,
@@ -24,7 +25,7 @@ SD3 = {
 FLUX = {
     "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 16,
     "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [8, 12, 12],
-    "theta": 10000, "qkv_bias": True, "guidance_embed": True, "patch_size": 2,
+    "theta": 10000, "qkv_bias": True, "guidance_embed": True, "patch_size": 2, "txt_ids_dims": [],
 }  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("SD15", SD15), "sdxl": ("SDXL", SDXL), "sd3": ("SD3", SD3), "flux": ("Flux", FLUX),
@@ -39,7 +40,7 @@ def tiny_model(kind: str = "sd15", dtype: torch.dtype = torch.float32, seed: int
     import comfy.supported_models
 
     name, unet_config = MODELS[kind]
-    config = getattr(comfy.supported_models, name)(dict(unet_config))
+    config = getattr(comfy.supported_models, name)(copy.deepcopy(unet_config))
     config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     model = config.get_model({}, "", device=torch.device("cpu"))
     fill(model.diffusion_model, seed)

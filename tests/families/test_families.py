@@ -224,3 +224,59 @@ def test_only_layers_of_exactly_these_classes_are_quantizable_g36() -> None:
         }
     )
     assert list(quantizable_layers(model)) == ["linear", "conv"]
+
+
+LDM_UNET_BLOCKS = [
+    ("embeddings", "encoder", ["time_embed.0", "label_emb.0.2"]),
+    ("input_blocks.0.0", "encoder", ["input_blocks.0.0"]),
+    ("input_blocks.1.0", "encoder", ["input_blocks.1.0.in_layers.2", "input_blocks.1.0.emb_layers.1"]),
+    ("input_blocks.1.1", "encoder", ["input_blocks.1.1.proj_in", "input_blocks.1.1.transformer_blocks.0.attn1.to_q"]),
+    ("input_blocks.3.0", "encoder", ["input_blocks.3.0.op"]),
+    ("input_blocks.10.0", "encoder", ["input_blocks.10.0.in_layers.2"]),
+    ("middle_block.0", "middle", ["middle_block.0.in_layers.2"]),
+    ("middle_block.1", "middle", ["middle_block.1.proj_out"]),
+    ("output_blocks.2.0", "decoder", ["output_blocks.2.0.skip_connection"]),
+    ("output_blocks.2.2", "decoder", ["output_blocks.2.2.conv"]),
+    ("output_blocks.11.0", "decoder", ["output_blocks.11.0.in_layers.2"]),
+    ("out", "decoder", ["out.2"]),
+]
+"""Blocks of ComfyUI's U-Nets in execution order, their part and some of their layers."""
+
+
+def test_the_blocks_of_the_original_unet_layout_stand_in_the_order_in_which_they_run() -> None:
+    placed = [(FAMILIES["ldm_unet"].place(n, nn.Module()), b, p) for b, p, names in LDM_UNET_BLOCKS for n in names]
+    assert [(block, part) for (_, block, part), _, _ in placed] == [(block, part) for _, block, part in placed]
+    keys = list(dict.fromkeys(key for (key, _, _), _, _ in placed))
+    assert keys == sorted(keys)
+    assert len(keys) == len(LDM_UNET_BLOCKS)
+
+
+@pytest.mark.parametrize(
+    ("family", "kept", "quantized"),
+    [
+        (
+            "ldm_unet",
+            ["time_embed.0", "label_emb.0.2", "input_blocks.0.0", "out.2", "middle_block.0.emb_layers.1"],
+            ["input_blocks.3.0.op", "output_blocks.0.0.in_layers.2", "input_blocks.1.1.proj_in", "middle_block.1.proj_out"],
+        ),
+        (
+            "dit",
+            ["img_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer", "txt_in", "final_layer.linear",
+             "double_blocks.0.img_mod.lin", "single_blocks.3.modulation.lin", "x_embedder.proj", "t_embedder.mlp.0",
+             "y_embedder.mlp.2", "context_embedder", "joint_blocks.0.x_block.adaLN_modulation.1",
+             "final_layer.adaLN_modulation.1", "distilled_guidance_layer.layers.0.in_layer"],
+            ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "joint_blocks.0.x_block.mlp.fc1",
+             "joint_blocks.0.context_block.attn.proj", "double_blocks.1.txt_mlp.2"],
+        ),
+    ],
+)  # fmt: skip
+def test_time_path_and_ends_of_comfyuis_denoisers_stay_float_by_default(
+    family: str, kept: list[str], quantized: list[str]
+) -> None:
+    pattern = FAMILIES[family].keep_float
+    assert [name for name in kept if not re.search(pattern, name)] == []
+    assert [name for name in quantized if re.search(pattern, name)] == []
+
+
+def test_families_of_comfyui_are_looked_for_in_no_pipeline() -> None:
+    assert {name for name, family in FAMILIES.items() if not family.components} == {"dit", "ldm_unet"}
