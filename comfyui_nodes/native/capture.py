@@ -144,7 +144,7 @@ def listening(model: Any, wrap: Wrap) -> Iterator[Any]:
 
 def _asks_wrappers(denoiser: nn.Module) -> bool:
     """Whether the denoiser calls ComfyUI's wrappers itself; SD3's does not."""
-    methods = [cls.__dict__.get("forward") for cls in type(denoiser).__mro__]
+    methods = [vars(cls)["forward"] for cls in type(denoiser).__mro__ if "forward" in vars(cls)]
     return any("DIFFUSION_MODEL" in method.__code__.co_names for method in methods if hasattr(method, "__code__"))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dis
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -24,8 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusers_ldmq.errors import LDMQError
 
-TOLD_EVERY = 0.1
-"""Seconds between two signs of life."""
 HEADROOM = 1.25
 """A copy must leave room for what it computes: so many times its weights must be free."""
 IN_PLACE = {Tensor.add_: Tensor.add, Tensor.sub_: Tensor.sub, Tensor.mul_: Tensor.mul, Tensor.div_: Tensor.div}
@@ -68,16 +65,17 @@ def copy_dtype(denoiser: nn.Module, own: torch.dtype) -> torch.dtype:
     )
 
 
-def float_copy(executor: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def float_copy(executor: Any, device: torch.device, dtype: torch.dtype, tell: Callable[[], None]) -> nn.Module:
     """The denoiser that a wrapper's `executor` runs, on the CPU, with the weights it has now (LoRA patched in).
 
-    device: where the loaded denoiser computes; dtype: of the copy. Linear and Conv2d layers of ComfyUI become torch's,
+    device: where the loaded denoiser computes; dtype: of the copy; tell: called for every layer. Linear and Conv2d layers of ComfyUI become torch's,
     under the same names; everything else keeps its class. Calling the copy runs what the wrappers are around.
     """
     denoiser: nn.Module = executor.class_obj
     with torch.inference_mode(False), torch.no_grad():
         memo: dict[int, Any] = {}
         for module in denoiser.modules():
+            tell()
             if isinstance(module, comfy.ops.CastWeightBiasOp) and not module._modules:  # pyright: ignore
                 memo[id(module)] = _plain(module, device, dtype)
             else:
@@ -145,9 +143,9 @@ def _empty(module: Any) -> Any:
     if type(module).__module__ == comfy.ops.__name__ and isinstance(module, nn.Linear):
         return nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
     if type(module).__module__ == comfy.ops.__name__ and isinstance(module, nn.Conv2d):
-        sizes: Any = (module.kernel_size, module.stride, module.padding, module.dilation)
-        ways = (module.groups, module.bias is not None, module.padding_mode)
-        return nn.Conv2d(module.in_channels, module.out_channels, *sizes, *ways, device="meta")
+        shape = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+        more = {"dilation": module.dilation, "groups": module.groups, "padding_mode": module.padding_mode}
+        return nn.Conv2d(*shape, **more, bias=module.bias is not None, device="meta")  # pyright: ignore
     kept = copy(module)
     # the shallow copy shares its hooks and weights with the MODEL until it has dictionaries of its own
     kept.__dict__ = {**module.__dict__, **nn.Module().__dict__, "training": False}
@@ -245,17 +243,14 @@ def differentiable() -> Iterator[None]:
 
 @contextmanager
 def alive(denoiser: nn.Module, tell: Callable[[], None]) -> Iterator[None]:
-    """While open, `tell` is called every tenth of a second that the denoiser works, forwards and backwards; it may
-    raise to stop it. Nothing that is computed changes."""
-    told = [time.monotonic()]
+    """While open, `tell` is called for every module that works, forwards and backwards; it may raise to stop it.
+    Nothing that is computed changes."""
 
     def look(*ignored: Any) -> None:
-        if time.monotonic() - told[0] >= TOLD_EVERY:
-            told[0] = time.monotonic()
-            tell()
+        tell()
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        look()
+        tell()
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(look)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from .capture import (
     sample,
     timestep_of,
 )
-from .float_copy import alive, copy_dtype, differentiable, placed
+from .float_copy import alive, copy_dtype, differentiable, float_copy, placed
 from .patching import check_plan, refuse_unfit_model, source_layers
 from .ranges import InputRanges
 from .recorder import Recorder, with_reference
@@ -43,6 +44,8 @@ MOST_IMAGES = 8
 """Of a profile: more seeds than these make predictions little better and everything slower."""
 PARTS = 1000
 """Of which a stage's progress is made."""
+TOLD_EVERY = 0.1
+"""Seconds between two signs of life."""
 RECORDED = 150
 """Parts of a profile's progress that are over when its calls are recorded."""
 
@@ -60,14 +63,24 @@ class Share:
     progress: Progress | None
     start: int = 0
     end: int = PARTS
-    at: int = 0
+    at: int = -1
+    told: float = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        self.at = self.start + (self.end - self.start) * done // max(total, 1)
-        self.again()
+        at = self.start + (self.end - self.start) * done // max(total, 1)
+        if at == self.at:
+            self.again()
+            return
+        self.at = at
+        self._tell()
 
     def again(self) -> None:
-        """Tell the same once more."""
+        """Tell the same once more, ten times a second at most."""
+        if time.monotonic() - self.told >= TOLD_EVERY:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.told = time.monotonic()
         if self.progress is not None:
             self.progress(max(self.at, self.start), PARTS)
 
@@ -118,12 +131,11 @@ def record_model(model: Any, scene: Scene, sampling: Sampling, progress: Share) 
     seed, 'select' a whole run at the next one. The MODEL stays as it is."""
     own: list[torch.dtype] = []
 
-    def dtype_of(denoiser: nn.Module, latent: Tensor) -> torch.dtype:
+    def made(executor: Any, latent: Tensor) -> nn.Module:
         own.append(latent.dtype)
-        progress.again()
-        return copy_dtype(denoiser, latent.dtype)
+        return float_copy(executor, latent.device, copy_dtype(executor.class_obj, latent.dtype), progress.again)
 
-    recorder = Recorder(dtype_of)
+    recorder = Recorder(made)
     with listening(model, recorder.wrap) as clone:
         recorder.start("calibrate", 0, scene.images)
         sample(clone, scene, sampling.from_noise(), first_step=True)

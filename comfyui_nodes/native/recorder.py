@@ -14,19 +14,18 @@ from diffusers_ldmq.errors import RecordingError
 from diffusers_ldmq.progress import Progress
 
 from .capture import arguments, refuse_not_finite, timestep_of
-from .float_copy import float_copy
 
 OPTIONS = "transformer_options"
 
 
 class Recorder:
-    """A wrapper around a denoiser that keeps every call; the first one also makes the float copy, where one is wanted.
+    """A wrapper around a denoiser that keeps every call.
 
-    start: begins a run; wrap: the wrapper; result: what was recorded.
+    make_copy: (executor, latent) -> the float copy, made at the first call; start: begins a run; wrap: the wrapper; result: what was recorded.
     """
 
-    def __init__(self, dtype_of: Callable[[nn.Module, Tensor], torch.dtype] | None = None) -> None:
-        self.dtype_of = dtype_of
+    def __init__(self, make_copy: Callable[[Any, Tensor], nn.Module] | None = None) -> None:
+        self.make_copy = make_copy
         self.copy: nn.Module | None = None
         self.name = ""
         self.calls: list[Call] = []
@@ -40,9 +39,8 @@ class Recorder:
 
     def wrap(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the denoiser and keep what went in and came out."""
-        if self.copy is None and self.dtype_of is not None:
-            latent = args[0]
-            self.copy = float_copy(executor, latent.device, self.dtype_of(executor.class_obj, latent))
+        if self.copy is None and self.make_copy is not None:
+            self.copy = self.make_copy(executor, args[0])
         self.name = type(executor.class_obj).__name__
         with torch.inference_mode(False), torch.no_grad():
             found = arguments(executor, args, kwargs)
