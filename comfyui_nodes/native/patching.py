@@ -61,7 +61,7 @@ def quantize_model(
     """
     refuse_unfit_model(model)
     layers = source_layers(model)
-    _check_plan(plan, layers, ranges)
+    check_plan(plan, layers, ranges)
     schemes, dynamic = _runnable(plan, ranges)
     clone = _plain_clone(model)
     size = clone.model_size()
@@ -104,7 +104,9 @@ def _is_quantizable(module: nn.Module) -> bool:
     return module.weight is not None and getattr(module, "padding_mode", "zeros") == "zeros"
 
 
-def _check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | None) -> None:
+def check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | None) -> None:
+    """Raise PlanError unless plan and ranges were made for a model with exactly these layers, as `source_layers` gives
+    them, and the plan quantizes something."""
     if not plan.quantized():
         raise PlanError("the plan leaves every layer in floating point, so there is nothing to quantize; plan again")
     if missing := [name for name in plan.quantized() if name not in layers]:
