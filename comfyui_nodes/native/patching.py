@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -170,9 +171,12 @@ def _quantized(
 
 
 def _original(patcher: Any, name: str, source: nn.Module, part: str) -> Tensor | None:
-    """A layer's parameter as the file gave it, which lies in a backup while a clone with a LoRA is loaded."""
+    """A layer's parameter as the file gave it, which lies in a backup while a clone with a LoRA is loaded. Backups are
+    of the modules that are in the shared tree now, which need not be this clone's."""
     key = f"{ROOT}.{name}.{part}"
     kept: Any = getattr(source, part, None)
+    if comfy.utils.get_attr(patcher.model, f"{ROOT}.{name}") is not source:
+        return None if kept is None else kept.detach()
     if key in patcher.backup:
         kept = patcher.backup[key].weight
     if key in getattr(patcher, "hook_backup", {}):
