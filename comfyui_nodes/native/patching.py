@@ -30,6 +30,9 @@ from .refusals import ROOT, denoiser_modules, refuse_unfit_model
 
 __all__ = ["fingerprint_of", "quantize_model", "quantized_layers_of", "refuse_unfit_model", "source_layers"]
 
+PLAN = "ldmq_plan"
+"""Key of the attachment that holds the Plan of a quantized ModelPatcher."""
+
 STOCK = ("torch.nn.", "comfy.ops")
 """Modules whose Linear and Conv2d compute what their names say; any other class has a forward of its own."""
 
@@ -78,6 +81,7 @@ def quantize_model(
     # without a new one ComfyUI takes the clone's weights for loaded when it switches between the two
     clone.patches_uuid = uuid.uuid4()
     guard(clone)
+    clone.set_attachments(PLAN, plan)
     return clone, _told(clone, dynamic, before)
 
 
