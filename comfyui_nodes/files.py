@@ -7,15 +7,19 @@ from typing import NoReturn
 
 import folder_paths
 
-PLANS, MODELS, STOCK_MODELS = "ldmq_plans", "ldmq_models", "diffusion_models"
-SUFFIXES = {PLANS: ".json", MODELS: ".safetensors", STOCK_MODELS: ".safetensors"}
-"""What this pack writes into each folder; of the first two also what it lists."""
+PLANS, MODELS, PIPELINES = "ldmq_plans", "ldmq_models", "ldmq_pipelines"
+STOCK_MODELS = "diffusion_models"
+SUFFIXES = {PLANS: ".json", MODELS: ".safetensors", PIPELINES: "", STOCK_MODELS: ".safetensors"}
+"""What this pack writes into each folder, pipelines being folders; of plans and models also what it lists."""
+NO_FILE = "(none)"
+"""First entry of combos that list files: none of them."""
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]')
 
 
 def register_folders() -> None:
-    """Make models/ldmq_plans and models/ldmq_models known to ComfyUI, beside what extra_model_paths.yaml names."""
-    for kind in (PLANS, MODELS):
+    """Make models/ldmq_plans, ldmq_models and ldmq_pipelines known to ComfyUI, beside what extra_model_paths.yaml
+    names."""
+    for kind in (PLANS, MODELS, PIPELINES):
         folder_paths.add_model_folder_path(kind, os.path.join(folder_paths.models_dir, kind))
         paths = folder_paths.folder_names_and_paths[kind][0]
         folder_paths.folder_names_and_paths[kind] = (paths, {SUFFIXES[kind]})
@@ -28,18 +32,24 @@ def listed(kind: str) -> list[str]:
 
 def existing(kind: str, name: str) -> Path:
     """The file of that name in a registered folder. Raises OutputError if there is none."""
-    _refuse_name(name)
-    path = folder_paths.get_full_path(kind, name)
+    path = _found(kind, name)
     if path is None:
-        _refuse(f"{name!r} is not in the folder {kind} any more; press R to refresh the list and choose another file")
-    return Path(path)
+        _refuse(f"{name!r} is not in the folder {kind}; press R to refresh the list and choose another file")
+    return path
 
 
-def fingerprint(path: Path) -> str:
-    """Changes when the file (or a file of the folder) does: sizes and times of change, not contents."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    told = [f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files if p.exists()]
-    return "|".join(told)
+def fingerprint(kind: str, name: str) -> str:
+    """Changes when the file of that name does; empty for none. Size and time of change, not contents."""
+    path = _found(kind, name)
+    return "" if path is None else _stamp(path)
+
+
+def folder_fingerprint(folder: str) -> str:
+    """Changes when a file of a folder does; empty for what is no folder of this machine, a hub id for one."""
+    path = Path(folder.strip()).expanduser()
+    if not folder.strip() or not path.is_dir():
+        return ""
+    return "|".join(f"{p.relative_to(path)}:{_stamp(p)}" for p in sorted(path.glob("*/*")) if p.is_file())
 
 
 def new_file(kind: str, name: str, *, overwrite: bool = False) -> Path:
@@ -48,7 +58,9 @@ def new_file(kind: str, name: str, *, overwrite: bool = False) -> Path:
     A counter is added as ComfyUI does (name_00001_.safetensors), so nothing is replaced; overwrite: no counter.
     Raises OutputError for a name that is empty, leaves the folder, or that not every system can hold.
     """
-    _refuse_name(name)
+    problem = name_problem(name)
+    if problem is not None:
+        _refuse(problem)
     root, suffix = _folder(kind), SUFFIXES[kind]
     plain = name.removesuffix(suffix)
     if overwrite:
@@ -69,14 +81,26 @@ def _folder(kind: str) -> Path:
     return next((path for path in paths if path.name == kind), paths[0])
 
 
-def _refuse_name(name: str) -> None:
+def name_problem(name: str) -> str | None:
+    """Why no file can be called that, in words; None if it can."""
     parts = PurePath(name.replace("\\", "/")).parts
     if not name.strip() or name.endswith(("/", "\\")):
-        _refuse("the name is empty; write one such as my-model")
+        return "the name is empty; write one such as my-model"
     if ".." in parts or PurePath(name).is_absolute() or name.startswith(("/", "\\")):
-        _refuse(f"{name!r} leaves ComfyUI's folder; write a name such as my-model, or sd15/my-model for a subfolder")
+        return f"{name!r} leaves ComfyUI's folder; write a name such as my-model, or sd15/my-model for a subfolder"
     if _FORBIDDEN.search(name) or any(part.startswith(".") for part in parts):
-        _refuse(f'{name!r}: a name must not begin with a dot or hold any of < > : " | ? *; choose another')
+        return f'{name!r}: a name must not begin with a dot or hold any of < > : " | ? *; choose another'
+    return None
+
+
+def _found(kind: str, name: str) -> Path | None:
+    path = None if name == NO_FILE or name_problem(name) else folder_paths.get_full_path(kind, name)
+    return None if path is None else Path(path)
+
+
+def _stamp(path: Path) -> str:
+    told = path.stat()
+    return f"{told.st_size}:{told.st_mtime_ns}"
 
 
 def _inside(root: Path, path: Path, name: str) -> Path:

@@ -79,6 +79,27 @@ class LDMQConfig(QuantizationConfigMixin, TransformersConfigMixin):  # pyright: 
         """What `print(config)` shows."""
         return self.to_dict()
 
+    def check_request(self, pre_quantized: bool, device_map: Any, advice: str) -> None:
+        """Refuse what no model can be loaded with. pre_quantized: config.json describes integers; advice: how else to
+        get a quantized model of this kind.
+
+        Raises CheckpointError if there is nothing to load, LDMQError if there is nothing to do, and for parts on disk.
+        """
+        if pre_quantized and not self.layers:
+            raise CheckpointError(
+                f"this quantization_config names no layers, so there is nothing to load; quantize a float one: {advice}"
+            )
+        if not pre_quantized and self.plan is None:
+            raise LDMQError(
+                f"LDMQConfig names no scheme and no plan, so the model would stay float; give a data-free one such as "
+                f"LDMQConfig('w8a16'), or: {advice}"
+            )
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise LDMQError(
+                "device_map puts parts of the model on disk, from where integers are not read back; leave them on "
+                "'cpu', or give more max_memory"
+            )
+
 
 def _check_version(format_version: Any, unknown: dict[str, Any], written_by: Any) -> None:
     if not isinstance(format_version, int) or isinstance(format_version, bool) or format_version < 1:

@@ -75,7 +75,7 @@ def comparison_sheet(path: str | os.PathLike[str], rows: dict[str, list[Image.Im
     for label, pictures in rows.items():
         if len(pictures) != len(captions):
             raise LDMQError(f"row {label!r} has {len(pictures)} pictures for {len(captions)} captions")
-    font = _font(TEXT)
+    font = picture_font(TEXT)
     first = next(iter(rows))
     cell = max(_shown(picture).width for pictures in rows.values() for picture in pictures)
     height = max(_shown(picture).height for pictures in rows.values() for picture in pictures)
@@ -113,7 +113,7 @@ def _shown(picture: Image.Image) -> Image.Image:
     return picture
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def picture_font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings along on every system."""
     import matplotlib
 

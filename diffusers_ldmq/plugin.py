@@ -27,6 +27,7 @@ from .manifest import entry_of, prepare
 from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
 
+ADVICE = "`ldmq quantize` or QuantizedLDMPipeline.from_pretrained, which calibrate it"
 LARGE = 2**20
 """Bytes of a weight that are worth being given back to the system at once."""
 
@@ -48,22 +49,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         self.wanted: dict[str, str] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if self.pre_quantized and not self.config.layers:
-            raise CheckpointError(
-                "this quantization_config names no layers, so there is nothing to load; quantize a float model with "
-                "`ldmq quantize` or QuantizedLDMPipeline.from_pretrained, which calibrate it"
-            )
-        if not self.pre_quantized and self.config.plan is None:
-            raise LDMQError(
-                "LDMQConfig names no scheme and no plan, so the model would stay float; give a data-free one such as "
-                "LDMQConfig('w8a16'), or calibrate with QuantizedLDMPipeline.from_pretrained or `ldmq quantize`"
-            )
-        placed = kwargs.get("device_map")
-        if isinstance(placed, dict) and "disk" in placed.values():
-            raise LDMQError(
-                "device_map puts parts of the model on disk, where diffusers would write them unquantized and cast; "
-                "leave them on 'cpu', or give more max_memory"
-            )
+        self.config.check_request(self.pre_quantized, kwargs.get("device_map"), ADVICE)
         if _caller_has("use_flashpack"):
             raise LDMQError("use_flashpack=True skips quantizing altogether; load safetensors files instead")
         if self.pre_quantized and _caller_has("quantization_config"):

@@ -1,30 +1,44 @@
 """Pictures from any pipeline, one per prompt, each with a seed of its own."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from torch import Tensor, nn
 
 from .errors import LDMQError
+from .families import find_denoiser
 from .progress import Progress
 from .recording import generators
+
+Watch = Callable[[Tensor], None]
+"""Called with the latents [B, ...] of one pipeline call as its steps go on, before `progress`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. steps, guidance: None = the pipeline's own; seed: of the first picture, the others count up;
-    batch: pictures per pipeline call."""
+    """How to sample. steps, guidance, negative, width and height (pixels): None = the pipeline's own; seed: of the
+    first picture, the others count up; batch: pictures per pipeline call; negative: what no picture should show."""
 
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
     batch: int = 8
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
 
 
 def sample_pictures(
-    pipe: Any, prompts: Sequence[str | None], sampling: Sampling, *, progress: Progress | None = None
+    pipe: Any,
+    prompts: Sequence[str | None],
+    sampling: Sampling,
+    *,
+    progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> list[Image.Image]:
     """One picture per prompt. A prompt is text, a class label (number or name), or None where the pipeline takes
     neither; a picture does not depend on the others of its batch.
@@ -38,18 +52,25 @@ def sample_pictures(
     for number, start in enumerate(starts):
         chunk = prompts[start : start + sampling.batch]
         what = {**_subject(pipe, accepted, chunk), **options}
-        if progress and "callback_on_step_end" in accepted:
-            what["callback_on_step_end"] = _step_counter(progress, number, len(starts))
-        made = pipe(**what, generator=generators(sampling.seed + start, len(chunk)))
+        if sampling.negative is not None:
+            what["negative_prompt"] = [sampling.negative] * len(chunk)
+        told = _Steps(number, len(starts), progress, watch)
+        with told.following(pipe, what, accepted, len(chunk)):
+            made = pipe(**what, generator=generators(sampling.seed + start, len(chunk)))
         pictures += made.images
-        if progress and "callback_on_step_end" not in accepted:
-            progress(number + 1, len(starts))
     return pictures
 
 
 def _options(pipe: Any, accepted: Any, sampling: Sampling) -> dict[str, Any]:
-    wanted = {"num_inference_steps": sampling.steps, "guidance_scale": sampling.guidance}
+    wanted = {
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "width": sampling.width,
+        "height": sampling.height,
+    }
     given = {name: value for name, value in wanted.items() if value is not None}
+    if sampling.negative is not None and "negative_prompt" not in accepted:
+        raise LDMQError(f"{type(pipe).__name__} has no negative prompt; leave that option out")
     for name in given:
         if name not in accepted:
             raise LDMQError(f"{type(pipe).__name__} has no {name.replace('_', ' ')}; leave that option out")
@@ -80,11 +101,56 @@ def _label(pipe: Any, prompt: str) -> int:
     return int(known[prompt])
 
 
-def _step_counter(progress: Progress, number: int, calls: int) -> Callable[..., dict[str, Any]]:
-    """A diffusers callback that reports steps of all pipeline calls, of which this is the `number`-th."""
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """Tells how far the `number`-th of `calls` pipeline calls is."""
 
-    def count(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        progress(number * pipe.num_timesteps + step + 1, calls * pipe.num_timesteps)
+    number: int
+    calls: int
+    progress: Progress | None
+    watch: Watch | None
+
+    @contextmanager
+    def following(self, pipe: Any, what: dict[str, Any], accepted: Any, images: int) -> Iterator[None]:
+        """While open, steps of the pipeline are told: by the callback that is put into its arguments `what`, or, where
+        it takes none, by the calls of its denoiser, whose first `images` rows are the latents."""
+        if self.progress is None and self.watch is None:
+            yield
+        elif "callback_on_step_end" in accepted:
+            what["callback_on_step_end"] = self._after_step
+            yield
+        else:
+            steps = what.get("num_inference_steps") or accepted["num_inference_steps"].default
+            with self._denoiser_calls(find_denoiser(pipe)[1], int(steps), images):
+                yield
+            self._tell(int(steps), int(steps))
+
+    def _after_step(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if self.watch:
+            self.watch(values["latents"])
+        self._tell(step + 1, pipe.num_timesteps)
         return values
 
-    return count
+    @contextmanager
+    def _denoiser_calls(self, denoiser: nn.Module, steps: int, images: int) -> Iterator[None]:
+        made = 0
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal made
+            seen = next(
+                (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim > 2), None
+            )
+            if self.watch and seen is not None:
+                self.watch(seen[:images])
+            self._tell(min(made, steps - 1), steps)
+            made += 1
+
+        hook = denoiser.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _tell(self, done: int, steps: int) -> None:
+        if self.progress:
+            self.progress(self.number * steps + done, self.calls * steps)

@@ -31,6 +31,7 @@ from .quantization import replace_layer, round_to_storage, stored
 from .specs import parse_scheme
 from .text_layers import in_fp32, is_read, refuse_packed, text_schemes
 
+ADVICE = "from_pretrained(..., quantization_config=LDMQConfig('w8a16'))"
 SMALL = 2**16
 """Bytes up to which a tensor is copied out of its file; larger ones stay mapped."""
 
@@ -48,22 +49,7 @@ class LDMQTextQuantizer(HfQuantizer):
         self.failure: LDMQError | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if self.pre_quantized and not self.config.layers:
-            raise CheckpointError(
-                "this quantization_config names no layers, so there is nothing to load; quantize a float model with "
-                "from_pretrained(..., quantization_config=LDMQConfig('w8a16'))"
-            )
-        if not self.pre_quantized and self.config.plan is None:
-            raise LDMQError(
-                "LDMQConfig names no scheme and no plan, so the model would stay float; give a data-free one such as "
-                "LDMQConfig('w8a16')"
-            )
-        placed = kwargs.get("device_map")
-        if isinstance(placed, dict) and "disk" in placed.values():
-            raise LDMQError(
-                "device_map puts parts of the model on disk, from where integers are not read back; leave them on "
-                "'cpu', or give more max_memory"
-            )
+        self.config.check_request(self.pre_quantized, kwargs.get("device_map"), ADVICE)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or []

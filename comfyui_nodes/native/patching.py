@@ -81,7 +81,7 @@ def quantize_model(
 
 
 class KnownRange(Observer):
-    """An input range that was found earlier, where an observer is asked for one. scale, zero_point: of `InputRanges`."""
+    """An input range that was found earlier, where an observer is asked for one: scale and zero point."""
 
     def __init__(self, scale: float, zero_point: int) -> None:
         self._range = QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32))
@@ -112,8 +112,8 @@ def check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | N
     if missing := [name for name in plan.quantized() if name not in layers]:
         raise PlanError(
             f"the plan names {len(missing)} layers that this MODEL lacks: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}; it was made for another model: connect this MODEL to LDM-Q Profile "
-            "and plan again"
+            f"{', ...' if len(missing) > 3 else ''}; it was made for another model: connect this MODEL to LDM-Q "
+            "Profile and plan again"
         )
     if plan.fingerprint != (found := fingerprint_of(layers)):
         raise PlanError(
@@ -198,7 +198,7 @@ def _told(patcher: Any, dynamic: dict[str, int], before: int) -> str:
     ]
     for scheme, count in sorted(dynamic.items()):
         lines.append(
-            f"{count} layers planned as {scheme} have no calibration and run as {scheme}-dyn, which measures each input "
-            "anew; connect LDM-Q Calibrate for fixed ranges"
+            f"{count} layers planned as {scheme} have no calibration and run as {scheme}-dyn, which measures each "
+            "input anew; connect LDM-Q Calibrate for fixed ranges"
         )
     return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""Three plans in words: what LDM-Q Plan offers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers_ldmq.artifacts import Plan, Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What one word asks the budget planner for. target: None = the planner's own rule; explanation: for tooltips."""
+
+    scheme: str
+    target: str | None
+    explanation: str
+
+
+PRESETS = {
+    "Safe": Preset(
+        "w8a16",
+        "size<=0.3x",
+        "Safe: 8-bit weights, all arithmetic in floating point. About 0.6x of an fp16 model; pictures as good as the "
+        "same. Needs no LDM-Q Calibrate. Saves memory, not time.",
+    ),
+    "Balanced": Preset(
+        "w8a8",
+        None,
+        "Balanced: at least three quarters of the arithmetic in 8-bit integers where the model bears it. About 0.54x "
+        "of an fp16 model and the fastest; small details may differ.",
+    ),
+    "Smallest": Preset(
+        "w4a8",
+        "size<=0.2x",
+        "Smallest: 4-bit weights where they do least harm, 8 bits elsewhere. 0.4x of an fp16 model; details differ, "
+        "and 4-bit layers run slower than 8-bit ones.",
+    ),
+}
+DEFAULT = "Balanced"
+"""Name -> preset, from the most exact to the smallest."""
+
+
+def preset_plan(profile: "Profile", name: str) -> "Plan":
+    """The plan that a preset makes of a profile.
+
+    A size that this model cannot be brought to gives way to the planner's own rule for the scheme, so every preset
+    works on every model. Raises PlanError if nothing can be quantized.
+    """
+    from diffusers_ldmq.errors import PlanError
+    from diffusers_ldmq.planning import make_plan
+
+    preset = PRESETS[name]
+    try:
+        return make_plan(profile, preset.target, planner="budget", scheme=preset.scheme)
+    except PlanError:
+        if preset.target is None:
+            raise
+        return make_plan(profile, None, planner="budget", scheme=preset.scheme)
