@@ -155,3 +155,67 @@ def test_texts_reach_the_node_through_the_server(folders: Path, monkeypatch: pyt
         task(1, 2)
     show_text(node, "done")
     assert told == [("12", "Profiling ..."), ("12", "Profiling: 50 %"), ("12", "done")]
+
+
+def test_a_saved_model_is_loaded_and_an_exported_one_opens_in_the_stock_loader(folders: Path) -> None:
+    import folder_paths
+    from comfyui.cut_models import cut_model, quantized_cut, sample_cut
+
+    quantized, reference = quantized_cut("w8a8-dyn", "w8a16"), sample_cut(cut_model())
+    (told,) = run("ldmq_save_model", model=quantized, filename_prefix="cut")
+    assert "cut_00001_.safetensors" in told
+    assert _offered("ldmq_load_model", "model_file") == ["(none)", "cut_00001_.safetensors"]
+    loaded, told = run("ldmq_load_model", model_file="cut_00001_.safetensors")
+    assert "w8a8-dyn" in told
+    assert sqnr(sample_cut(quantized), sample_cut(loaded)) > 60
+    (told,) = run("ldmq_export", model=loaded, filename_prefix="cut")
+    path = folders / "diffusion_models" / "cut_00001_.safetensors"
+    assert str(path.parent) in told
+    assert folder_paths.get_filename_list("ldmq_models") == ["cut_00001_.safetensors"]
+    assert path.is_file()
+    _stock_loads(path, reference)
+
+
+def _stock_loads(path: Path, reference: torch.Tensor) -> None:
+    import comfy.quant_ops
+    import comfy.sd
+    from comfyui.cut_models import sample_cut
+
+    if "int8_tensorwise" not in getattr(comfy.quant_ops, "QUANT_ALGOS", {}):
+        pytest.skip("this ComfyUI does not know int8_tensorwise, so the exported file was not opened in its own loader")
+    assert sqnr(reference, sample_cut(comfy.sd.load_diffusion_model(str(path)))) > 20
+
+
+def _offered(node_id: str, name: str) -> list[str]:
+    from comfyui_nodes.nodes import NODES
+
+    node = next(node for node in NODES if node.GET_SCHEMA().node_id == node_id)
+    return next(i for i in node.define_schema().inputs if i.id == name).options
+
+
+def test_load_model_wants_exactly_one_source(folders: Path) -> None:
+    for given, found in (({}, "neither"), ({"model_file": "a.safetensors", "folder_or_hub_id": "me/x"}, "both")):
+        with pytest.raises(LDMQError, match=f"^{found} of model_file"):
+            run("ldmq_load_model", **given)
+    with pytest.raises(LDMQError, match="press R"):
+        run("ldmq_load_model", model_file="gone.safetensors")
+
+
+@pytest.mark.parametrize("node_id", ["ldmq_save_model", "ldmq_export"])
+def test_a_float_model_is_neither_saved_nor_exported_and_nothing_is_left(folders: Path, node_id: str) -> None:
+    with pytest.raises(LDMQError, match="LDM-Q Quantize"):
+        run(node_id, model=tiny_model(), filename_prefix="x")
+    with pytest.raises(LDMQError, match="leaves ComfyUI's folder"):
+        run(node_id, model=tiny_model(), filename_prefix="../../x")
+    assert not [path for path in folders.rglob("*") if path.is_file()]
+
+
+def test_a_file_that_is_no_model_of_ours_is_refused(folders: Path) -> None:
+    from safetensors.torch import save_file
+
+    (folders / "ldmq_models").mkdir(exist_ok=True)
+    save_file({"a": torch.zeros(1)}, folders / "ldmq_models" / "foreign.safetensors")
+    (folders / "ldmq_models" / "cut.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
+    for name in ("foreign.safetensors", "cut.safetensors"):
+        with pytest.raises(LDMQError, match=name):
+            run("ldmq_load_model", model_file=name)
