@@ -14,6 +14,7 @@ from diffusers_ldmq.errors import CheckpointError, LDMQError
 from diffusers_ldmq.hub_errors import HUB_ERRORS, hub_refusal
 from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.packing import check_codes
+from diffusers_ldmq.progress import Progress
 
 from .diffusers_keys import PIPELINE_LOADER, check_same_computation, ldm_names
 from .model_format import DTYPES, Content
@@ -26,30 +27,33 @@ SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap
 _FAILURES = (*HUB_ERRORS, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
-def load_denoiser(folder_or_repo: str | os.PathLike[str]) -> Any:
-    """The MODEL (ModelPatcher) of the U-Net in a quantized diffusers folder or hub repository.
+def load_denoiser(folder_or_repo: str | os.PathLike[str], progress: Progress | None = None) -> Any:
+    """The MODEL (ModelPatcher) of the U-Net in a quantized diffusers folder or hub repository. progress: over its
+    quantized layers, once diffusers has opened the files.
 
     Raises LDMQError if there is none, it is not quantized, or ComfyUI has no module that computes the same.
     """
     name = known(folder_or_repo)
     _check_kind(name)
     with as_module_tensors():
-        model = _converted(name)
+        model = _converted(name, progress)
     give_back()
     model.cached_patcher_init = (reload_denoiser, (name,))
     return model
 
 
-def _converted(name: str) -> Any:
+def _converted(name: str, progress: Progress | None) -> Any:
     unet = _load("the U-Net", name, lambda: UNet2DConditionModel.from_pretrained(name, subfolder="unet"))
     layers, tensors = quantized_layers(unet), unet.state_dict()
     names = ldm_names([key for key in tensors if _is_known_to_floats(key, layers)], unet.config)
     model_type, sampling = _sampling(name)
     renamed = {layer: names[f"{layer}.weight"].removesuffix(".weight") for layer in layers}
-    for layer in layers.values():
+    for done, layer in enumerate(layers.values()):
         weight = layer.get_parameter("weight")
         check_codes(weight)
         release_file_pages(weight)
+        if progress:
+            progress(done + 1, len(layers))
     content = Content(
         source=name,
         states={renamed[layer]: module.state() for layer, module in layers.items()},

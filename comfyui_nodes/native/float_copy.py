@@ -68,8 +68,9 @@ def copy_dtype(denoiser: nn.Module, own: torch.dtype) -> torch.dtype:
 def float_copy(executor: Any, device: torch.device, dtype: torch.dtype, tell: Callable[[], None]) -> nn.Module:
     """The denoiser that a wrapper's `executor` runs, on the CPU, with the weights it has now (LoRA patched in).
 
-    device: where the loaded denoiser computes; dtype: of the copy; tell: called for every layer. Linear and Conv2d layers of ComfyUI become torch's,
-    under the same names; everything else keeps its class. Calling the copy runs what the wrappers are around.
+    device: where the loaded denoiser computes; dtype: of the copy; tell: called for every layer. Linear and Conv2d
+    layers of ComfyUI become torch's, under the same names; everything else keeps its class. Calling the copy runs what
+    the wrappers are around.
     """
     denoiser: nn.Module = executor.class_obj
     with torch.inference_mode(False), torch.no_grad():

@@ -25,7 +25,7 @@ from .layer import LDMQLayer
 from .model_format import Content
 
 LEAVES = ("weight", "bias")
-OTHER_LOADER = "open it with LDM-Q Pipeline loader, if it is a diffusers pipeline's"
+OTHER_LOADER = "if it came from a diffusers pipeline, run that with LDM-Q Pipeline loader"
 # what ComfyUI's recognition and its modules raise at models they were not written for
 _UNKNOWN = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 
@@ -38,7 +38,7 @@ class _Empty:
     given: Tensor | None = None
 
     def __init__(self, *args: Any, device: Any = None, **options: Any) -> None:
-        super().__init__(*args, device="meta", **options)
+        super().__init__(*args, device="meta", **options)  # pyright: ignore[reportCallIssue]
         self.home = torch.device(device or "cpu")
 
     def _load_from_state_dict(  # noqa: PLR0913 (nn.Module's signature)

@@ -21,7 +21,8 @@ OPTIONS = "transformer_options"
 class Recorder:
     """A wrapper around a denoiser that keeps every call.
 
-    make_copy: (executor, latent) -> the float copy, made at the first call; start: begins a run; wrap: the wrapper; result: what was recorded.
+    make_copy: (executor, latent) -> the float copy, made at the first call; start: begins a run; wrap: the wrapper;
+    result: what was recorded.
     """
 
     def __init__(self, make_copy: Callable[[Any, Tensor], nn.Module] | None = None) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui import tiny_models
 from comfyui.cut_models import cut_model, fp32_bytes, quantized_cut, sample_cut
 from comfyui.model_files import edited
 from comfyui.quantizing import plan_of, quantized
-from comfyui.tiny_models import lora, sqnr, tiny_model
+from comfyui.tiny_models import lora, sample, sqnr, tiny_model
 
 from diffusers_ldmq.errors import CheckpointError, LDMQError
 
@@ -47,6 +48,8 @@ def saved(imported_comfy: ModuleType, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize(("linear", "conv"), SCHEMES)
 def test_a_loaded_model_draws_what_the_quantized_one_drew(linear: str, conv: str, comfy: ModuleType, tmp_path: Path):
+    from comfyui_nodes.native.patching import PLAN
+
     model = quantized_cut(linear, conv)
     expected = sample_cut(model)
     path = save(model, tmp_path / "model.safetensors")
@@ -56,6 +59,7 @@ def test_a_loaded_model_draws_what_the_quantized_one_drew(linear: str, conv: str
     assert save(loaded, tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     assert loaded.model_size() == pytest.approx(model.model_size(), rel=1e-3)
     assert loaded.clone().model_size() == loaded.model_size()
+    assert loaded.clone().get_attachment(PLAN) == model.get_attachment(PLAN) is not None
 
 
 def test_a_lora_on_a_loaded_model_comes_and_goes(comfy: ModuleType, saved: Path):
@@ -126,6 +130,29 @@ def test_an_interrupted_save_leaves_nothing_and_the_model_works(comfy: ModuleTyp
         save(model, tmp_path / "model.safetensors", progress=interrupt)
     assert list(tmp_path.iterdir()) == []
     assert save(model, tmp_path / "model.safetensors").read_bytes() == saved.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux"])
+def test_transformers_of_comfyuis_own_can_be_saved_and_loaded(
+    kind: str, comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # one head of the width that ComfyUI's recognition of Flux counts on
+    wide = tiny_models.FLUX | {"hidden_size": 128, "num_heads": 1, "axes_dim": [16, 56, 56]}
+    monkeypatch.setitem(tiny_models.MODELS, "flux", ("Flux", wide))
+    model = quantized(tiny_model(kind), "w8a16", "w8a16")
+    loaded = load(save(model, tmp_path / "model.safetensors"))
+    assert type(loaded.model) is type(model.model)
+    # its float tensors were rounded to 16 bits
+    assert sqnr(sample(model, kind), sample(loaded, kind)) > 45
+
+
+def test_progress_is_told_of_every_layer(comfy: ModuleType, tmp_path: Path):
+    told: list[tuple[int, int]] = []
+    model = quantized(tiny_model())
+    save(model, tmp_path / "model.safetensors", progress=lambda done, total: told.append((done, total)))
+    assert told == sorted(told)
+    assert told[-1] == (2 * len(_layers(model)),) * 2
+    assert len({done for done, _ in told}) == 2 * len(_layers(model))
 
 
 def test_what_the_model_predicts_is_stored(comfy: ModuleType, tmp_path: Path):

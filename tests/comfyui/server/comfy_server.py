@@ -53,13 +53,17 @@ class Ran:
 class Server:
     """A running server. base: its folders; log: what it has printed so far."""
 
-    def __init__(self, installation: Installation, base: Path, *options: str, probe: bool = False) -> None:
-        self.installation, self.base, self.options, self.probe = installation, base, options, probe
+    def __init__(
+        self, installation: Installation, base: Path, *options: str, environment: dict[str, str] | None = None
+    ) -> None:
+        self.installation, self.base, self.options = installation, base, options
+        self.environment = environment or {}
         for name in FOLDERS:
             (base / name).mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.client = f"test-{self.port}"
         self._log = (base / "server.log").open("w+", encoding="utf-8")
+        self.imported_at_start: set[str] = set()
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -75,6 +79,7 @@ class Server:
             "HF_HOME": str(self.base / "huggingface"),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            **self.environment,
         }
         command = [self.installation.python, str(self.installation.path / "main.py"), "--cpu", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), *self.options]
@@ -88,6 +93,8 @@ class Server:
             except (URLError, ConnectionError):
                 time.sleep(0.2)
             else:
+                if "probe" in os.listdir(self.base / "custom_nodes"):
+                    self.imported_at_start = set(self.get("/probe/modules"))
                 return self
         self.stop()
         raise AssertionError(f"ComfyUI {self.installation.version()} did not start:\n{self.log[-3000:]}")
