@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ def quantize_model(
     """
     refuse_unfit_model(model)
     layers = source_layers(model)
-    _check_plan(plan, layers, ranges)
+    check_plan(plan, layers, ranges)
     schemes, dynamic = _runnable(plan, ranges)
     clone = _plain_clone(model)
     size = clone.model_size()
@@ -108,7 +109,9 @@ def _is_quantizable(module: nn.Module) -> bool:
     return module.weight is not None and getattr(module, "padding_mode", "zeros") == "zeros"
 
 
-def _check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | None) -> None:
+def check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | None) -> None:
+    """Raise PlanError unless plan and ranges were made for a model with exactly these layers, as `source_layers` gives
+    them, and the plan quantizes something."""
     if not plan.quantized():
         raise PlanError("the plan leaves every layer in floating point, so there is nothing to quantize; plan again")
     if missing := [name for name in plan.quantized() if name not in layers]:
@@ -172,9 +175,12 @@ def _quantized(
 
 
 def _original(patcher: Any, name: str, source: nn.Module, part: str) -> Tensor | None:
-    """A layer's parameter as the file gave it, which lies in a backup while a clone with a LoRA is loaded."""
+    """A layer's parameter as the file gave it, which lies in a backup while a clone with a LoRA is loaded. Backups are
+    of the modules that are in the shared tree now, which need not be this clone's."""
     key = f"{ROOT}.{name}.{part}"
     kept: Any = getattr(source, part, None)
+    if comfy.utils.get_attr(patcher.model, f"{ROOT}.{name}") is not source:
+        return None if kept is None else kept.detach()
     if key in patcher.backup:
         kept = patcher.backup[key].weight
     if key in getattr(patcher, "hook_backup", {}):
