@@ -78,6 +78,7 @@ class Server:
             "PYTHONPATH": str(HERE / "only_this_tree"),
             "HF_HOME": str(self.base / "huggingface"),
             "HF_HUB_OFFLINE": "1",
+            "LDMQ_CACHE": "1",  # the other tests turn it off
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
             **self.environment,
         }
