@@ -30,6 +30,9 @@ from .refusals import ROOT, denoiser_modules, refuse_unfit_model
 
 __all__ = ["fingerprint_of", "quantize_model", "quantized_layers_of", "refuse_unfit_model", "source_layers"]
 
+PLAN = "ldmq_plan"
+"""Key of the attachment that holds the Plan of a quantized ModelPatcher."""
+
 STOCK = ("torch.nn.", "comfy.ops")
 """Modules whose Linear and Conv2d compute what their names say; any other class has a forward of its own."""
 
@@ -62,7 +65,7 @@ def quantize_model(
     """
     refuse_unfit_model(model)
     layers = source_layers(model)
-    _check_plan(plan, layers, ranges)
+    check_plan(plan, layers, ranges)
     schemes, dynamic = _runnable(plan, ranges)
     clone = _plain_clone(model)
     size = clone.model_size()
@@ -78,6 +81,7 @@ def quantize_model(
     # without a new one ComfyUI takes the clone's weights for loaded when it switches between the two
     clone.patches_uuid = uuid.uuid4()
     guard(clone)
+    clone.set_attachments(PLAN, plan)
     return clone, _told(clone, dynamic, before)
 
 
@@ -105,7 +109,9 @@ def _is_quantizable(module: nn.Module) -> bool:
     return module.weight is not None and getattr(module, "padding_mode", "zeros") == "zeros"
 
 
-def _check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | None) -> None:
+def check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | None) -> None:
+    """Raise PlanError unless plan and ranges were made for a model with exactly these layers, as `source_layers` gives
+    them, and the plan quantizes something."""
     if not plan.quantized():
         raise PlanError("the plan leaves every layer in floating point, so there is nothing to quantize; plan again")
     if missing := [name for name in plan.quantized() if name not in layers]:
