@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 SMALL_AUTOENCODER = 5_000_000
 """Parameters up to which decoding costs less than a step; TAESD has half of them."""
-LEAST_SIDE, FIT_SIDE = 256, 128
-"""Pixels: a preview smaller than the first is enlarged; a picture of the second is what the linear map is fitted to."""
+FIT_SIDE = 128
+"""Pixels of the picture that the linear map is fitted to."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,6 +94,4 @@ def _scaling(autoencoder: Any) -> tuple[float, float]:
 
 def _picture(pixels: Tensor) -> Image.Image:
     values = ((pixels[0].float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    image = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy(), "RGB")
-    scale = -(-LEAST_SIDE // max(image.size))
-    return image if scale <= 1 else image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    return Image.fromarray(values.permute(1, 2, 0).contiguous().numpy(), "RGB")

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ from .ranges import InputRanges
 from .refusals import ROOT, denoiser_modules, refuse_unfit_model
 
 __all__ = ["fingerprint_of", "quantize_model", "quantized_layers_of", "refuse_unfit_model", "source_layers"]
+
+PLAN = "ldmq_plan"
+"""Key of the attachment that holds the Plan of a quantized ModelPatcher."""
 
 STOCK = ("torch.nn.", "comfy.ops")
 """Modules whose Linear and Conv2d compute what their names say; any other class has a forward of its own."""
@@ -77,6 +81,7 @@ def quantize_model(
     # without a new one ComfyUI takes the clone's weights for loaded when it switches between the two
     clone.patches_uuid = uuid.uuid4()
     guard(clone)
+    clone.set_attachments(PLAN, plan)
     return clone, _told(clone, dynamic, before)
 
 
@@ -170,9 +175,12 @@ def _quantized(
 
 
 def _original(patcher: Any, name: str, source: nn.Module, part: str) -> Tensor | None:
-    """A layer's parameter as the file gave it, which lies in a backup while a clone with a LoRA is loaded."""
+    """A layer's parameter as the file gave it, which lies in a backup while a clone with a LoRA is loaded. Backups are
+    of the modules that are in the shared tree now, which need not be this clone's."""
     key = f"{ROOT}.{name}.{part}"
     kept: Any = getattr(source, part, None)
+    if comfy.utils.get_attr(patcher.model, f"{ROOT}.{name}") is not source:
+        return None if kept is None else kept.detach()
     if key in patcher.backup:
         kept = patcher.backup[key].weight
     if key in getattr(patcher, "hook_backup", {}):

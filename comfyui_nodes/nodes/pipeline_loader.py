@@ -40,9 +40,9 @@ class LDMQPipelineLoader(io.ComfyNode):
                     "quantize",
                     options=[*PRESETS, AS_IT_IS],
                     default=DEFAULT,
-                    tooltip=" ".join([p.explanation for p in PRESETS.values()])
-                    + f" {AS_IT_IS}: a float pipeline stays float. Pipelines that are quantized already load as they "
-                    "are, whatever is chosen.",
+                    tooltip="Safe: 8-bit weights, all arithmetic in floating point. Balanced: most arithmetic in 8-bit "
+                    "integers too, the fastest. Smallest: 4-bit weights where they do least harm. no, as it is: a float "
+                    "pipeline stays float. Pipelines that are quantized already load as they are, whatever is chosen.",
                 ),
                 io.String.Input(
                     "hub_id_or_folder",

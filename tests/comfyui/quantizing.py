@@ -35,8 +35,8 @@ def scheme_of(layer: nn.Module, linear: str, conv: str) -> str:
     return linear if isinstance(layer, nn.Linear) else conv
 
 
-def ranges_of(model: Any, plan: Plan, kind: str = "sd15", steps: int = 3) -> Any:
-    """Input ranges of the plan's layers over one run of the float MODEL."""
+def ranges_of(model: Any, plan: Plan, kind: str = "sd15", steps: int = 1) -> Any:
+    """Input ranges of the plan's layers over a run of the float MODEL, by default its first step."""
     from comfyui_nodes.native.patching import source_layers
     from comfyui_nodes.native.ranges import InputRanges
 

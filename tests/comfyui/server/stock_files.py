@@ -1,0 +1,65 @@
+"""Write a small random SD 1.5 checkpoint and a LoRA for it, such as stock loaders take, into a ComfyUI models folder.
+
+    COMFYUI_PYTHON stock_files.py COMFYUI_PATH MODELS_FOLDER
+
+What a checkpoint is detected by (320 channels, a text width of 768) is SD 1.5's; it has two short levels of one width.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [sys.argv[1], str(Path(__file__).resolve().parents[2])]
+
+import comfy.cli_args  # noqa: E402
+
+comfy.cli_args.args.cpu = True
+
+import comfy.model_patcher  # noqa: E402
+import comfy.sd1_clip  # noqa: E402
+import comfy.supported_models  # noqa: E402
+import comfy.taesd.taesd  # noqa: E402
+import torch  # noqa: E402
+from comfyui.frontend.specs import CHECKPOINT, LORA  # noqa: E402
+from comfyui.tiny_models import SD15, fill, lora  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+UNET = SD15 | {"model_channels": 320, "channel_mult": [1, 1], "context_dim": 768, "num_heads": 8}
+LORA_STRENGTH = 0.3
+
+
+def denoiser() -> Any:
+    """A MODEL with random weights."""
+    config = comfy.supported_models.SD15(dict(UNET))
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "", device=torch.device("cpu"))
+    fill(model.diffusion_model, 0)
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return patcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+
+
+def write(folder: Path) -> None:
+    """Both files. The autoencoder is TAESD's, so that decoding costs nothing."""
+    model, clip = denoiser(), comfy.sd1_clip.SD1ClipModel(device="cpu", dtype=torch.float32)
+    vae = comfy.taesd.taesd.TAESD()
+    fill(clip, 1)
+    torch.manual_seed(2)
+    for part in vae.modules():
+        if isinstance(part, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(part.weight)
+    tensors = {f"model.diffusion_model.{key}": value for key, value in model.model.diffusion_model.state_dict().items()}
+    texts = {key.replace("clip_l.", "cond_stage_model.", 1): value for key, value in clip.state_dict().items()}
+    unsaved = ("cond_stage_model.logit_scale", "cond_stage_model.transformer.text_projection.weight")
+    tensors |= {key: value for key, value in texts.items() if key not in unsaved}
+    tensors |= {f"first_stage_model.{key}": value for key, value in vae.state_dict().items()}
+    for name in ("checkpoints", "loras"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    save_file({key: value.half().contiguous() for key, value in tensors.items()}, folder / "checkpoints" / CHECKPOINT)
+    layers = [key.removesuffix(".weight") for key, value in model.model.diffusion_model.state_dict().items()
+              if key.endswith(".weight") and value.dim() > 1 and "blocks" in key]  # fmt: skip
+    save_file(lora(model, layers, LORA_STRENGTH), folder / "loras" / LORA)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode(False):
+        write(Path(sys.argv[2]))
