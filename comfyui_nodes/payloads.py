@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from diffusers_ldmq.artifacts import Plan, Profile
@@ -54,7 +54,7 @@ def from_ranges(ranges: "InputRanges") -> dict[str, Any]:
 
 
 def to_ranges(payload: Any) -> "InputRanges":
-    """Calibrated input ranges that came through a CALIBRATION socket. Raises CalibrationError if they are none."""
+    """Calibrated input ranges that came through a CALIBRATION socket. Raises PlanError if they are none."""
     from .native.ranges import InputRanges
 
     content = _content(payload, CALIBRATION)
@@ -66,7 +66,7 @@ def to_ranges(payload: Any) -> "InputRanges":
             observer=str(content["observer"]),
             samples=int(content["samples"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+    except (LookupError, TypeError, ValueError, AttributeError) as cause:
         _refuse(f"a calibration is damaged ({type(cause).__name__}: {cause}); make it again with LDM-Q Calibrate")
 
 
@@ -85,7 +85,7 @@ def _content(payload: Any, kind: str) -> Mapping[str, Any]:
     return payload
 
 
-def _refuse(message: str) -> Any:
+def _refuse(message: str) -> NoReturn:
     from diffusers_ldmq.errors import PlanError
 
     raise PlanError(message)

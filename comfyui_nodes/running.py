@@ -2,6 +2,7 @@
 
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,6 @@ def running(node: type, name: str) -> Iterator[Task]:
     requirements become one message; ComfyUI's interrupt and every other error pass.
     """
     show_text(node, f"{name} ...")
-    message = None
     try:
         yield Task(node, name)
     except ImportError as error:
@@ -67,16 +67,15 @@ def running(node: type, name: str) -> Iterator[Task]:
         _raise_in_node_words(error)
         raise
     except (RuntimeError, MemoryError) as error:
-        message = _out_of_memory(error, name)
-        if message is None:
+        if not _is_out_of_memory(error):
             raise
-    if message is not None:
-        # outside the handler: what the failed computation held goes before ComfyUI's models do
-        comfy.model_management.unload_all_models()
-        comfy.model_management.soft_empty_cache()
+        _make_room(error)
         from diffusers_ldmq.errors import LDMQError
 
-        raise LDMQError(message)
+        raise LDMQError(
+            f"{name}: out of memory. All models were unloaded, so the next run starts clean; use a smaller latent "
+            "(batch 1; half the width and height measure nearly the same), fewer steps, or close other programs"
+        ) from None
 
 
 def show_text(node: type, text: str) -> None:
@@ -96,17 +95,18 @@ def _raise_in_node_words(error: ValueError) -> None:
         raise type(error)(in_node_words(str(error))) from error
 
 
-def _out_of_memory(error: Exception, name: str) -> str | None:
-    """The message, if that is what the error is."""
+def _is_out_of_memory(error: Exception) -> bool:
     kinds = (comfy.model_management.OOM_EXCEPTION, MemoryError)
     # where torch has no such class ComfyUI puts Exception there, which would be everything
     known = isinstance(error, tuple(kind for kind in kinds if kind is not Exception))
-    if not known and "DefaultCPUAllocator" not in str(error) and "out of memory" not in str(error).lower():
-        return None
-    return (
-        f"{name}: out of memory. All models were unloaded, so the next run starts clean; use a smaller latent (batch "
-        "1; half the width and height measure nearly the same), fewer steps, or close other programs"
-    )
+    return known or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower()
+
+
+def _make_room(error: BaseException) -> None:
+    """Let go of what the failed computation holds, then of ComfyUI's models."""
+    traceback.clear_frames(error.__traceback__)
+    comfy.model_management.unload_all_models()
+    comfy.model_management.soft_empty_cache()
 
 
 def _missing(error: ImportError) -> str:

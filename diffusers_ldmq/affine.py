@@ -5,6 +5,7 @@ The reciprocal is rounded to fp32 first and rounding is half to even: a vector u
 can produce the very same codes.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from .errors import CalibrationError
 from .specs import LayerState, QuantSpec
 
 SMALLEST_SCALE = 2.0**-100  # an all-zero tensor still gets a positive scale, whose reciprocal is finite
+IN_CACHE = 2**17
+"""Numbers of a weight that are searched together: a round trip of so many stays in a processor's cache."""
 
 
 class QParams(NamedTuple):
@@ -102,18 +105,29 @@ def weight_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
     return symmetric_qparams(weight_rows(weight, spec).abs().amax(dim=-1, keepdim=True), spec)
 
 
-def weight_qparams_mse(weight: Tensor, spec: QuantSpec) -> QParams:
+def weight_qparams_mse(weight: Tensor, spec: QuantSpec, told: Callable[[], None] | None = None) -> QParams:
     """Symmetric QParams of a weight whose round trip has the least squared error per row or group, among 24 clipped
-    ranges. [N, ...] -> [N, groups, 1]."""
+    ranges. [N, ...] -> [N, groups, 1]. told: called after every few rows, of which a large weight has many."""
     rows = weight_rows(weight, spec)
     full = weight_qparams(weight, spec)
-    best, least = full.scale, torch.full_like(full.scale, torch.inf)
+    together = max(1, IN_CACHE // max(rows.shape[1:].numel(), 1))
+    found: list[Tensor] = []
+    for part, scale in zip(rows.split(together), full.scale.split(together), strict=True):
+        found.append(_least_squares_scale(part, scale, spec))
+        if told is not None:
+            told()
+    return QParams(torch.cat(found).clamp_min(SMALLEST_SCALE), full.zero_point)
+
+
+def _least_squares_scale(rows: Tensor, full: Tensor, spec: QuantSpec) -> Tensor:
+    best, least = full, torch.full_like(full, torch.inf)
+    centre = torch.zeros((), dtype=torch.int32, device=full.device)
     for fraction in torch.linspace(1.0, 0.4, 24).tolist():
-        candidate = QParams(full.scale * fraction, full.zero_point)
+        candidate = QParams(full * fraction, centre)
         error = (qdq(rows, candidate, spec) - rows).square_().sum(dim=-1, keepdim=True)
         best = torch.where(error < least, candidate.scale, best)
         least = torch.minimum(error, least)
-    return QParams(best.clamp_min(SMALLEST_SCALE), full.zero_point)
+    return best
 
 
 def quantize_weight(weight: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -112,8 +112,15 @@ def observe_inputs(
     return found
 
 
-def layer_state(name: str, layer: nn.Module, scheme: Scheme, observer: Observer | None) -> LayerState:
-    """The state of one float layer under `scheme`. observer: has seen its inputs; needed for static activations.
+def layer_state(
+    name: str,
+    layer: nn.Module,
+    scheme: Scheme,
+    observer: Observer | None,
+    told: Callable[[], None] | None = None,
+) -> LayerState:
+    """The state of one float layer under `scheme`. observer: has seen its inputs; needed for static activations;
+    told: see weight_scales.
 
     Raises CalibrationError naming the layer if its weight or its input holds NaN or Inf.
     """
@@ -121,7 +128,7 @@ def layer_state(name: str, layer: nn.Module, scheme: Scheme, observer: Observer 
     assert isinstance(weight, Tensor)
     assert scheme.weight is not None
     try:
-        codes, scale = quantize_weight(weight, weight_scales(weight, scheme.weight), scheme.weight)
+        codes, scale = quantize_weight(weight, weight_scales(weight, scheme.weight, told), scheme.weight)
         inputs = input_qparams(observer, scheme)
     except CalibrationError as cause:
         raise CalibrationError(f"layer {name!r}: {cause}") from None
@@ -136,10 +143,12 @@ def layer_state(name: str, layer: nn.Module, scheme: Scheme, observer: Observer 
     )
 
 
-def weight_scales(weight: Tensor, spec: QuantSpec) -> QParams:
-    """QParams [N, groups, 1] of a weight: min-max at 8 bits, least squared error at 4, where clipping pays."""
-    search = weight_qparams if spec.bits == 8 else weight_qparams_mse
-    return search(weight, spec)
+def weight_scales(weight: Tensor, spec: QuantSpec, told: Callable[[], None] | None = None) -> QParams:
+    """QParams [N, groups, 1] of a weight: min-max at 8 bits, least squared error at 4, where clipping pays.
+
+    told: called again and again while a search goes on, which takes seconds for a large weight; it may raise.
+    """
+    return weight_qparams(weight, spec) if spec.bits == 8 else weight_qparams_mse(weight, spec, told)
 
 
 def input_qparams(observer: Observer | None, scheme: Scheme) -> QParams | None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,12 +29,33 @@ class SampleId(NamedTuple):
     step: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class InMemory:
+    """An argument that is neither a tensor nor plain JSON, such as options that hold functions. It is replayed, never
+    saved.
+
+    value: handed to the denoiser, a dict as a shallow copy, because denoisers write into theirs;
+    rows: (value, rows to keep, rows in all) -> the value for those rows; None = it belongs to all rows alike.
+    """
+
+    value: Any
+    rows: Callable[[Any, Tensor, int], Any] | None = None
+
+    def fresh(self) -> Any:
+        """The value as one replay may have it."""
+        return dict(self.value) if isinstance(self.value, dict) else self.value
+
+    def chosen(self, keep: Tensor, rows: int) -> "InMemory":
+        """The argument for some rows of the batch."""
+        return self if self.rows is None else InMemory(self.rows(self.value, keep, rows), self.rows)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One recorded denoiser call. A call of B rows for n images holds B / n rows of each (guidance halves).
 
     run: which pipeline call made it; step: counts distinct timesteps of a run from 0 (noisiest);
-    tensors: argument path -> key in Recording.tensors; constants: argument path -> JSON value;
+    tensors: argument path -> key in Recording.tensors; constants: argument path -> JSON value or InMemory;
     output: key of the float output; signal: its power.
     """
 
@@ -95,8 +116,8 @@ class Recording:
         if images is not None and len(images) < call.images:
             halves = rows // call.images
             keep = torch.tensor([half * call.images + i for half in range(halves) for i in images])
-        chosen = {path: _rows(self.tensors[key], path, rows, keep) for path, key in call.tensors.items()}
-        return Batch(unflatten({**call.constants, **chosen}), _rows(output, "", rows, keep), call.timestep)
+        flat = {**call.constants, **{path: self.tensors[key] for path, key in call.tensors.items()}}
+        return Batch(_chosen(flat, rows, keep), _rows(output, "", rows, keep), call.timestep)
 
     def batches(self, samples: list[SampleId] | None = None) -> Iterator[Batch]:
         """Batches of the chosen samples, call by call; of everything where `samples` is None."""
@@ -108,7 +129,15 @@ class Recording:
                 yield self.batch(call, sorted(wanted[call.run, call.step]))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write recording.safetensors and recording.json into an existing folder."""
+        """Write recording.safetensors and recording.json into an existing folder. Raises RecordingError where an
+        argument lives in memory only."""
+        for call in self.calls:
+            for path, value in call.constants.items():
+                if isinstance(value, InMemory):
+                    raise RecordingError(
+                        f"argument {path!r} of the recorded {self.denoiser} holds Python objects that no file can "
+                        f"keep; use this recording in the process that made it"
+                    )
         save_file({k: t.contiguous() for k, t in self.tensors.items()}, Path(folder) / "recording.safetensors")
         head = {"format_version": FORMAT_VERSION, "denoiser": self.denoiser, "sampler_calls": self.sampler_calls}
         write_json(Path(folder) / "recording.json", {**head, "calls": self.calls})
@@ -135,10 +164,19 @@ class Recording:
         return recording
 
 
-def _rows(value: Tensor, path: str, rows: int, keep: Tensor | None) -> Tensor:
-    """The kept rows of a batched tensor; one that belongs to all rows alike comes back as it is."""
-    shared = value.dim() == 0 or value.shape[0] != rows or path.split("/")[0] in UNBATCHED
-    return value if keep is None or shared else value[keep]
+def _rows(value: Any, path: str, rows: int, keep: Tensor | None) -> Any:
+    """The kept rows of a batched argument; what belongs to all rows alike comes back as it is."""
+    if keep is None:
+        return value
+    if isinstance(value, InMemory):
+        return value.chosen(keep, rows)
+    batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+    return value[keep] if batched and path.split("/")[0] not in UNBATCHED else value
+
+
+def _chosen(flat: dict[str, Any], rows: int, keep: Tensor | None) -> dict[str, Any]:
+    """Arguments by path as one replay takes them, of the kept rows."""
+    return unflatten({path: _rows(value, path, rows, keep) for path, value in flat.items()})
 
 
 def parts(batch: Batch, rows: int) -> Iterator[Batch]:
@@ -150,8 +188,7 @@ def parts(batch: Batch, rows: int) -> Iterator[Batch]:
     flat = flatten(batch.kwargs)
     for start in range(0, whole, rows):
         keep = torch.arange(start, min(start + rows, whole))
-        chosen = {p: _rows(v, p, whole, keep) if isinstance(v, Tensor) else v for p, v in flat.items()}
-        yield Batch(unflatten(chosen), batch.output[keep], batch.timestep)
+        yield Batch(_chosen(flat, whole, keep), batch.output[keep], batch.timestep)
 
 
 def repeated(batch: Batch, times: int) -> Batch:
@@ -161,8 +198,7 @@ def repeated(batch: Batch, times: int) -> Batch:
     if times == 1:
         return batch
     flat = flatten(batch.kwargs)
-    chosen = {p: _rows(v, p, whole, keep) if isinstance(v, Tensor) else v for p, v in flat.items()}
-    return Batch(unflatten(chosen), batch.output[keep], batch.timestep)
+    return Batch(_chosen(flat, whole, keep), batch.output[keep], batch.timestep)
 
 
 def run(denoiser: nn.Module, batch: Batch) -> Tensor:
@@ -178,6 +214,8 @@ def forward(denoiser: nn.Module, batch: Batch) -> Tensor:
     device = reference.device if reference is not None else torch.device("cpu")
     with evaluating(denoiser):
         output = denoiser(**_cast(batch.kwargs, dtype, device))
+    if isinstance(output, Tensor):
+        return output
     return output[0] if isinstance(output, (tuple, list)) else output.sample
 
 
@@ -202,7 +240,7 @@ def _cast(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
         return {key: _cast(item, dtype, device) for key, item in value.items()}
     if isinstance(value, list):
         return [_cast(item, dtype, device) for item in value]
-    return value
+    return value.fresh() if isinstance(value, InMemory) else value
 
 
 def tensor_key(value: Tensor) -> str:
@@ -214,13 +252,13 @@ def tensor_key(value: Tensor) -> str:
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
     """Nested dicts and lists as {path: leaf}. Path parts are joined by '/', list positions are '#0', '#1', ...
 
-    Raises RecordingError for a leaf that is neither a tensor nor plain JSON.
+    Raises RecordingError for a leaf that is neither a tensor nor plain JSON nor marked as InMemory.
     """
     if isinstance(value, dict):
         parts = {str(key): item for key, item in value.items()}
     elif isinstance(value, (list, tuple)):
         parts = {f"#{i}": item for i, item in enumerate(value)}
-    elif isinstance(value, (Tensor, bool, int, float, str)) or value is None:
+    elif isinstance(value, (Tensor, bool, int, float, str, InMemory)) or value is None:
         return {path: value}
     else:
         raise RecordingError(f"denoiser argument {path!r} is a {type(value).__name__}, which cannot be recorded")

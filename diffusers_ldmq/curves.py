@@ -109,7 +109,8 @@ def block_curve(
     memory: Memory | None = None,
     done: Callable[[int], None] = lambda calls: None,
 ) -> BlockCurve:
-    """Measure one curve. kind: (direction, part), see BlockCurve; done: told the number of calls of every finished row.
+    """Measure one curve. kind: (direction, part), see BlockCurve; done: told the number of calls of every finished
+    row, and 0 for every layer that is replaced.
 
     Quantizing from the input on and restoring from the output on pass through the same models, so 'backward' restores
     from the input on: row g is what groups g.. make alone. The denoiser is unchanged afterwards.
@@ -125,6 +126,7 @@ def block_curve(
             names = [info.name for info in given.table.layers if info.name in layers & given.schemes.keys()]
             for name in names:
                 stack.enter_context(_rounded(denoiser, name, given, part))
+                done(0)
             name = f"{direction} {part} {index}"
             if name in memory.rows:
                 row = memory.rows[name]

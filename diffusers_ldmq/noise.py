@@ -39,7 +39,8 @@ TRIM = 2**27
 class NoiseProbes:
     """Measures batch after batch; running powers are kept, never activations.
 
-    ranges: layer -> observer of its calibrating inputs; shared: groups of layers that were seen to read one tensor.
+    ranges: layer -> observer of its calibrating inputs; shared: groups of layers that were seen to read one tensor;
+    told: called several times for every layer, also where one takes seconds; it may raise.
     """
 
     layers: dict[str, nn.Linear | nn.Conv2d]
@@ -52,6 +53,7 @@ class NoiseProbes:
     readers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     qparams: dict[tuple[str, str, QuantSpec], QParams] = field(default_factory=dict)
     row_bytes: list[int] = field(default_factory=list)
+    told: Callable[[], None] | None = None
 
     def measure(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator, probes: int = 1) -> None:
         """Add one batch's powers; own effects as the mean over up to `probes` random probes of each of its rows, as
@@ -103,6 +105,8 @@ class NoiseProbes:
         parsed.append(Scheme(ACTIVATION_ONLY, None, QuantSpec(8, "tensor")))
         rounded = {spec: self._input(name, x, spec) for spec in dict.fromkeys(s.activation for s in parsed)}
         for spec in dict.fromkeys(s.weight for s in parsed):
+            if self.told is not None:
+                self.told()
             weight = self._weight(name, spec)
             for scheme in parsed:
                 if scheme.weight == spec:
@@ -114,7 +118,7 @@ class NoiseProbes:
             return weight
         key = ("weight", name, spec)
         if key not in self.qparams:
-            self.qparams[key] = weight_scales(weight, spec)
+            self.qparams[key] = weight_scales(weight, spec, self.told)
         rows = qdq(weight_rows(weight, spec), self.qparams[key], spec).flatten(1)
         return rows[:, : weight[0].numel()].reshape(weight.shape).to(weight.dtype)
 

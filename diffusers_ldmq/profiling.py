@@ -94,7 +94,7 @@ def profile_sqnr(
     rows = rows if settings.full else min(rows, settings.groups)
     count = _Counter(len(batches) * (PASS_COST + len(kinds) * rows), progress)
     remembered = Memory.at(Path(memory), _key(recording, settings)) if memory is not None else Memory()
-    probes = NoiseProbes(dict(layers), ranges, settings.schemes)
+    probes = NoiseProbes(dict(layers), ranges, settings.schemes, told=lambda: count.up(0))
     _probe(denoiser, batches, probes, remembered, count)
     give_back()
     timesteps = tuple(sorted({b.timestep for b in batches}, reverse=True))
@@ -199,7 +199,7 @@ def _describe(settings: ProfileSettings, calls: int) -> dict[str, Any]:
 
 
 class _Counter:
-    """Counts work, in denoiser calls, and reports it."""
+    """Counts work, in denoiser calls, and reports it; no work is reported too, as a sign of life."""
 
     def __init__(self, work: int, progress: Progress | None) -> None:
         self.work, self.done, self.progress = work, 0, progress

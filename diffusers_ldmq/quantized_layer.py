@@ -229,7 +229,7 @@ class QuantizedLayer(nn.Module):
 
     def _restore(self) -> None:
         """Back to plain codes; nothing to do where they were never packed."""
-        with _packing:
+        with _packing, torch.inference_mode(False), torch.no_grad():
             if self._pack is not None:
                 weight = self._parameters["weight"]
                 assert weight is not None

@@ -98,3 +98,17 @@ def test_pre_quant_scale_is_undone_per_group_of_a_convolution():
     codes, scale = affine.quantize_weight(held, affine.weight_qparams(held, scheme.weight), scheme.weight)
     state = LayerState(scheme, codes, scale, pre_quant_scale=smooth)
     assert float((affine.dequantize_weight(state, weight.shape) - weight).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g64"])
+def test_searching_a_weight_in_parts_finds_the_same_scales(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = parse_scheme(scheme).weight
+    assert spec is not None
+    weight = torch.randn(37, 19, 3, 3, generator=torch.Generator().manual_seed(0))
+    whole = affine.weight_qparams_mse(weight, spec)
+    monkeypatch.setattr(affine, "IN_CACHE", 5 * weight[0].numel())
+    told: list[None] = []
+    parts = affine.weight_qparams_mse(weight, spec, lambda: told.append(None))
+    assert torch.equal(parts.scale, whole.scale)
+    assert torch.equal(parts.zero_point, whole.zero_point)
+    assert len(told) >= 37 // 5

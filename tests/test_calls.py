@@ -8,10 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_ldmq import Recording
-from diffusers_ldmq.calls import SampleId, flatten, run, tensor_key, unflatten
+from diffusers_ldmq.calls import (
+    Batch,
+    Call,
+    InMemory,
+    SampleId,
+    flatten,
+    parts,
+    repeated,
+    run,
+    tensor_key,
+    unflatten,
+)
 from diffusers_ldmq.errors import RecordingError
 
 Recordings = Callable[[str], Recording]
@@ -165,3 +176,46 @@ def test_files_that_are_no_recording_are_refused(recordings: Recordings, tmp_pat
     refused(json.dumps(stranger), good_data, "lacks 1 tensors")
     refused(good_head, good_data[: len(good_data) // 2], "recording.safetensors: cannot be read")
     refused(good_head, b"version https://git-lfs.github.com/spec/v1", "recording.safetensors: cannot be read")
+
+
+def in_memory(rows: int) -> tuple[Recording, Call]:
+    """A recording of one call of so many rows, whose options hold a function and a name for every row."""
+    options = InMemory(
+        {"function": print, "names": list("abcdefgh")[:rows]},
+        lambda value, keep, whole: {**value, "names": [value["names"][int(row)] for row in keep]},
+    )
+    tensors = {"x": torch.arange(rows).float()[:, None], "out": torch.ones(rows, 1)}
+    call = Call("select", 0, 0, 5.0, rows, {"x": "x"}, {"options": options, "object": InMemory(print)}, "out")
+    return Recording("Model", (call,), tensors), call
+
+
+def test_an_argument_in_memory_follows_the_rows() -> None:
+    recording, call = in_memory(4)
+    assert recording.batch(call, [1, 3]).kwargs["options"].value["names"] == ["b", "d"]
+    batch = recording.batch(call)
+    assert [part.kwargs["options"].value["names"] for part in parts(batch, 3)] == [["a", "b", "c"], ["d"]]
+    assert repeated(batch, 2).kwargs["options"].value["names"] == list("abcdabcd")
+    assert repeated(batch, 2).kwargs["object"].value is print
+
+
+class Writing(nn.Module):
+    """Gives a plain tensor and writes into its options."""
+
+    def forward(self, x: Tensor, options: dict[str, Any], object: Any) -> Tensor:
+        options["written"] = True
+        assert object is print
+        return x + len(options["names"])
+
+
+def test_a_denoiser_may_write_into_options_and_give_a_plain_tensor() -> None:
+    recording, call = in_memory(2)
+    batch: Batch = recording.batch(call)
+    assert torch.equal(run(Writing(), batch), torch.tensor([[2.0], [3.0]]))
+    assert "written" not in batch.kwargs["options"].value
+
+
+def test_a_recording_with_arguments_in_memory_is_refused_by_save(tmp_path: Path) -> None:
+    recording, _ = in_memory(2)
+    with pytest.raises(RecordingError, match="'options' of the recorded Model holds Python objects"):
+        recording.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from diffusers_ldmq import Plan, Profile, ProfileSettings, Recording, calibrate,
 from diffusers_ldmq.artifacts import LayerChoice
 from diffusers_ldmq.calls import run
 from diffusers_ldmq.errors import LDMQError, PlanError
-from diffusers_ldmq.families import find_denoiser, layer_table
+from diffusers_ldmq.families import find_denoiser, layer_table, quantizable_layers
 from diffusers_ldmq.layers import quantize_layer
 from diffusers_ldmq.metrics import Power, sqnr_db, total
 from diffusers_ldmq.planners import low_precision
@@ -213,8 +213,16 @@ def test_progress_ends_when_all_is_done(denoiser_of: DenoiserOf, recordings: Rec
     told: list[tuple[int, int]] = []
     settings = ProfileSettings(timesteps=1, schemes=("w8a8",))
     profile_sqnr(denoiser_of("dit"), recordings("dit"), settings, progress=lambda *pair: told.append(pair))
-    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] == told[-1][1]
+
+
+def test_there_is_a_sign_of_life_at_every_layer(denoiser_of: DenoiserOf, recordings: Recordings) -> None:
+    denoiser, told = denoiser_of("dit"), list[int]()
+    settings = ProfileSettings(timesteps=1, schemes=("w8a8", "w4a16"))
+    profile_sqnr(denoiser, recordings("dit"), settings, progress=lambda done, whole: told.append(done))
+    weights = ("float", "w8", "w4")  # of every layer, rounded in three ways
+    assert told.count(0) >= len(weights) * len(quantizable_layers(denoiser))
 
 
 @pytest.mark.parametrize("name", ["verify", "calibrate"])

@@ -2,17 +2,19 @@
 module, so that KSampler, LoRA and ControlNet nodes work on it."""
 
 import os
+from collections.abc import Container
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from diffusers_ldmq.allocator import release_file_pages
+from diffusers_ldmq.allocator import give_back, release_file_pages
 from diffusers_ldmq.checkpoints import components_of, is_hub_id, known, stored_config
 from diffusers_ldmq.errors import CheckpointError, LDMQError
 from diffusers_ldmq.hub_errors import HUB_ERRORS, hub_refusal
 from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.packing import check_codes
+from diffusers_ldmq.progress import Progress
 
 from .diffusers_keys import PIPELINE_LOADER, check_same_computation, ldm_names
 from .model_format import DTYPES, Content
@@ -25,34 +27,38 @@ SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap
 _FAILURES = (*HUB_ERRORS, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
-def load_denoiser(folder_or_repo: str | os.PathLike[str]) -> Any:
-    """The MODEL (ModelPatcher) of the U-Net in a quantized diffusers folder or hub repository.
+def load_denoiser(folder_or_repo: str | os.PathLike[str], progress: Progress | None = None) -> Any:
+    """The MODEL (ModelPatcher) of the U-Net in a quantized diffusers folder or hub repository. progress: over its
+    quantized layers, once diffusers has opened the files.
 
     Raises LDMQError if there is none, it is not quantized, or ComfyUI has no module that computes the same.
     """
     name = known(folder_or_repo)
     _check_kind(name)
     with as_module_tensors():
-        model = _converted(name)
+        model = _converted(name, progress)
+    give_back()
     model.cached_patcher_init = (reload_denoiser, (name,))
     return model
 
 
-def _converted(name: str) -> Any:
+def _converted(name: str, progress: Progress | None) -> Any:
     unet = _load("the U-Net", name, lambda: UNet2DConditionModel.from_pretrained(name, subfolder="unet"))
-    names = ldm_names(unet.state_dict(), unet.config)
+    layers, tensors = quantized_layers(unet), unet.state_dict()
+    names = ldm_names([key for key in tensors if _is_known_to_floats(key, layers)], unet.config)
     model_type, sampling = _sampling(name)
-    layers = quantized_layers(unet)
     renamed = {layer: names[f"{layer}.weight"].removesuffix(".weight") for layer in layers}
-    for layer in layers.values():
+    for done, layer in enumerate(layers.values()):
         weight = layer.get_parameter("weight")
         check_codes(weight)
         release_file_pages(weight)
+        if progress:
+            progress(done + 1, len(layers))
     content = Content(
         source=name,
         states={renamed[layer]: module.state() for layer, module in layers.items()},
         shapes={renamed[layer]: tuple(module.geometry.shape) for layer, module in layers.items()},
-        floats={names[key]: value for key, value in unet.state_dict().items() if key.rpartition(".")[0] not in layers},
+        floats={names[key]: value for key, value in tensors.items() if key.rpartition(".")[0] not in layers},
         dtype=DTYPES.get(unet.hf_quantizer.config.compute_dtype, torch.float32),
         model_type=model_type,
         sampling=sampling,
@@ -60,6 +66,12 @@ def _converted(name: str) -> Any:
     model = build_model(content)
     check_same_computation(unet, model.model.diffusion_model, names)
     return model
+
+
+def _is_known_to_floats(key: str, layers: Container[str]) -> bool:
+    """Whether the float model has a tensor of this name: of a quantized layer, its weight and bias."""
+    owner, _, leaf = key.rpartition(".")
+    return owner not in layers or leaf in ("weight", "bias")
 
 
 def reload_denoiser(folder_or_repo: str, disable_dynamic: bool = False) -> Any:

@@ -16,7 +16,7 @@ from diffusers_ldmq.progress import Progress
 from diffusers_ldmq.quantization import STORAGE_DTYPE
 from diffusers_ldmq.specs import LayerState
 
-from .file_writer import Entry, entry, write_tensors
+from .file_writer import Entry, entry, parts, write_tensors
 from .layer import LDMQLayer
 from .model_files import float_tensors, load_patched, stored
 from .patching import quantized_layers_of
@@ -43,13 +43,15 @@ def export_model(model: Any, path: str | os.PathLike[str], progress: Progress | 
     entries = [entry(name, stored(value)) for name, value in float_tensors(model, layers).items()]
     entries.extend(entry(name, value) for name, value in _prediction(model))
     reasons: dict[str, str | None] = {}
-    for name, layer in layers.items():
+    looking, writing = parts(progress, len(layers))
+    for done, (name, layer) in enumerate(layers.items()):
         state = layer.state()
         reasons[name] = _reason_for_float(layer, state)
         if state.bias is not None:
             entries.append(entry(f"{name}.bias", stored(state.bias)))
         entries.extend(_integers(name, layer, state) if reasons[name] is None else [_float(name, layer)])
-    write_tensors(path, entries, {"format": "pt"}, progress)
+        looking(done + 1, len(layers))
+    write_tensors(path, entries, {"format": "pt"}, writing)
     return _told(layers, reasons)
 
 
@@ -96,7 +98,10 @@ def _told(layers: dict[str, LDMQLayer], reasons: dict[str, str | None]) -> str:
     lines = [
         f"{len(kept)} of {len(layers)} quantized layers ({share:.0%} of their weights) exported as int8 "
         f"({STOCK['format']}, one scale for each row).",
-        *(f"{count} {reason}: as fp16." for reason, count in Counter(r for r in reasons.values() if r).items()),
+        *(
+            f"{count} {reason}: as the fp16 values of their integers."
+            for reason, count in Counter(r for r in reasons.values() if r).items()
+        ),
     ]
     static = sum(1 for name in kept if layers[name].scheme.is_static)
     if static:

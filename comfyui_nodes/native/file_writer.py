@@ -38,6 +38,16 @@ def entry(name: str, value: Tensor) -> Entry:
     return Entry(name, value.dtype, tuple(value.shape), lambda: value)
 
 
+def parts(progress: Progress | None, layers: int) -> tuple[Progress, Progress]:
+    """Two equal parts of a progress: while `layers` layers are looked at, and while they are written."""
+    tell = progress or (lambda done, total: None)
+
+    def writing(done: int, total: int) -> None:
+        tell(layers + layers * done // total, 2 * layers)
+
+    return (lambda done, total: tell(layers * done // total, 2 * layers)), writing
+
+
 def write_tensors(
     path: str | os.PathLike[str],
     entries: Sequence[Entry],
@@ -76,4 +86,4 @@ def _bytes(item: Entry) -> memoryview:
             f"tensor {item.name!r} is {value.dtype} {list(value.shape)} where {item.dtype} {list(item.shape)} was "
             f"announced: the model changed while it was written; run the node again"
         )
-    return memoryview(value.reshape(-1).view(torch.uint8).numpy())
+    return value.reshape(-1).view(torch.uint8).numpy().data

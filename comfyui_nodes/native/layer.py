@@ -145,8 +145,7 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
         if name == "weight":
             self._take_weight(value)
         elif name == "bias":
-            self._hidden.bias = value
-            self._show()
+            self._adopt(replace(self._hidden.state(), bias=None if value is None else value.detach()))
         else:
             super().__setattr__(name, value)
 
@@ -164,8 +163,12 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
         if held.input_scale is not None and not scheme.is_static:
             vars(self)["_unused_range"] = {name: getattr(held, name) for name in ("input_scale", "input_zero_point")}
             held = replace(held, input_scale=None, input_zero_point=None)
-        state = replace(held, scheme=scheme, weight=weight._qdata, weight_scale=weight._params.scale)
-        self._hidden.adopt(state.to(weight._qdata.device))
+        device = weight._qdata.device
+        self._adopt(replace(held, scheme=scheme, weight=weight._qdata, weight_scale=weight._params.scale).to(device))
+
+    def _adopt(self, state: LayerState) -> None:
+        with torch.inference_mode(False):
+            self._hidden.adopt(ordinary_state(state))
         self._show()
 
     @property
@@ -174,8 +177,9 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
         return self._own_scheme.weight.bits
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LDMQLayer":
-        self._hidden._apply(fn, recurse)
-        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        with torch.inference_mode(False), torch.no_grad():
+            self._hidden._apply(lambda tensor: ordinary(fn(tensor)), recurse)
+            self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         self._show()
         return self
 
@@ -200,8 +204,24 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
         self._show()
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy if it was made in inference mode: packing sets `.data` outside of that mode, and half an
+    inference tensor can neither be viewed nor counted."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
+def ordinary_state(state: LayerState) -> LayerState:
+    """The state with every tensor ordinary."""
+    return replace(state, **{name: ordinary(tensor) for name, tensor in state.tensors().items()})
+
+
+@torch.inference_mode(False)
 def hidden_layer(state: LayerState, geometry: Geometry) -> QuantizedLayer:
-    """The QuantLinear or QuantConv2d of diffusers_ldmq that runs a state, on the device that it is on."""
+    """The QuantLinear or QuantConv2d of diffusers_ldmq that runs a state, on the device that it is on. Shares the
+    state's tensors, but for those made in inference mode, which it copies."""
     rows, bias = geometry.shape[0], state.bias is not None
     if geometry.is_conv:
         walk: dict[str, Any] = dict(stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation)
@@ -211,7 +231,7 @@ def hidden_layer(state: LayerState, geometry: Geometry) -> QuantizedLayer:
         )
     else:
         layer = QuantLinear(geometry.in_channels, rows, bias=bias, device="meta")
-    layer.load_state(state)
+    layer.load_state(ordinary_state(state))
     return layer.eval()
 
 

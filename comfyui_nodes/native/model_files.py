@@ -16,14 +16,13 @@ from diffusers_ldmq.progress import Progress
 from diffusers_ldmq.quantization import STORAGE_DTYPE, fits_storage
 from diffusers_ldmq.specs import LayerState
 
-from .file_writer import Entry, entry, write_tensors
+from .file_writer import Entry, entry, parts, write_tensors
 from .guarding import KEY
 from .layer import LDMQLayer
 from .model_format import DTYPES, PREFIX, Description, read_model
 from .operations import as_module_tensors, build_model
-from .patching import quantized_layers_of
+from .patching import PLAN, quantized_layers_of
 
-ATTACHMENT = "ldmq_plan"
 SAMPLING = ("zsnr", "beta_schedule", "linear_start", "linear_end", "timesteps", "sigma_min", "sigma_max", "sigma_data")
 """Settings of the noise schedule that weights do not tell."""
 
@@ -44,12 +43,14 @@ def save_model(model: Any, path: str | os.PathLike[str], progress: Progress | No
     floats = float_tensors(model, layers)
     entries = [entry(PREFIX + name, stored(value)) for name, value in floats.items()]
     manifest: dict[str, Any] = {}
-    for name, layer in layers.items():
+    looking, writing = parts(progress, len(layers))
+    for done, (name, layer) in enumerate(layers.items()):
         state = layer.state()
         manifest[name] = _manifest(state)
         entries.extend(_entries(name, layer, state))
+        looking(done + 1, len(layers))
     description = _description(model, layers, manifest, tuple(sorted(floats)))
-    write_tensors(path, entries, description.metadata(), progress)
+    write_tensors(path, entries, description.metadata(), writing)
 
 
 def load_patched(model: Any) -> None:
@@ -94,7 +95,7 @@ def _description(
     base = model.model
     settings = getattr(base.model_config, "sampling_settings", {})
     dtype = base.get_dtype()
-    plan = model.get_attachment(ATTACHMENT)
+    plan = model.get_attachment(PLAN)
     return Description(
         layers=manifest,
         shapes={name: tuple(layer.geometry.shape) for name, layer in layers.items()},
@@ -116,7 +117,7 @@ def load_model(path: str | os.PathLike[str], progress: Progress | None = None) -
         content = read_model(path, progress)
         model = build_model(content)
     if content.plan is not None:
-        model.set_attachments(ATTACHMENT, content.plan)
+        model.set_attachments(PLAN, content.plan)
     model.cached_patcher_init = (reload_model, (os.fspath(path),))
     return model
 

@@ -149,20 +149,32 @@ def _skeleton(description: Description, headers: dict[str, Header]) -> nn.Module
     """The quantized layers in their places, empty, and nothing else. Raises LDMQError for an entry that fits none."""
     root = nn.Module()
     for name, entry in description.layers.items():
-        parent, path = root, name.split(".")
-        for part in path[:-1]:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        if isinstance(parent, QuantizedLayer) or path[-1] in parent._modules or not all(path):
-            raise CheckpointError(f"layer {name!r} cannot be inside of another layer; the header is damaged")
+        parent, leaf = _parent_of(root, name)
         layer = _empty_layer(description.shapes[name], headers.get(f"{name}.pre_quant_scale"))
         try:
             prepare(layer, entry)
         except LDMQError as cause:
             raise CheckpointError(f"layer {name!r}: {cause}") from None
-        parent.add_module(path[-1], layer)
+        parent.add_module(leaf, layer)
     return root
+
+
+def _parent_of(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """(module that a layer of this name goes into, the last part of the name). Raises CheckpointError for a name that
+    no module has."""
+    parts = name.split(".")
+    if not all(parts) or any(hasattr(nn.Module(), part) for part in parts):
+        raise CheckpointError(f"{name!r} is no name of a layer; the header is damaged")
+    parent = root
+    for part in parts[:-1]:
+        if isinstance(parent, QuantizedLayer):
+            break
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    if isinstance(parent, QuantizedLayer) or parts[-1] in parent._modules:
+        raise CheckpointError(f"layer {name!r} is inside of another layer or holds one; the header is damaged")
+    return parent, parts[-1]
 
 
 def _empty_layer(shape: tuple[int, ...], scaling: Header | None) -> QuantizedLayer:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.model_base
-import comfy.model_management
 import comfy.ops
 import comfy.sd
 import torch
@@ -26,7 +25,7 @@ from .layer import LDMQLayer
 from .model_format import Content
 
 LEAVES = ("weight", "bias")
-OTHER_LOADER = "open it with LDM-Q Pipeline loader, if it is a diffusers pipeline's"
+OTHER_LOADER = "if it came from a diffusers pipeline, run that with LDM-Q Pipeline loader"
 # what ComfyUI's recognition and its modules raise at models they were not written for
 _UNKNOWN = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
 
@@ -39,7 +38,7 @@ class _Empty:
     given: Tensor | None = None
 
     def __init__(self, *args: Any, device: Any = None, **options: Any) -> None:
-        super().__init__(*args, device="meta", **options)
+        super().__init__(*args, device="meta", **options)  # pyright: ignore[reportCallIssue]
         self.home = torch.device(device or "cpu")
 
     def _load_from_state_dict(  # noqa: PLR0913 (nn.Module's signature)
@@ -114,9 +113,19 @@ def build_model(content: Content) -> Any:
         _put(model.diffusion_model, name, state, stand_ins[f"{name}.weight"], dtype)
     _check_filled(model.diffusion_model, content.source)
     set_sampling(model, content.model_type, content.sampling)
-    patcher.size = comfy.model_management.module_size(model)  # it counted the empty layers as if they were full
+    patcher.size = _size(model, content.states)  # it counted the empty layers as if they were full
     guard(patcher)
     return patcher
+
+
+def _size(model: Any, states: dict[str, LayerState]) -> int:
+    """Bytes of the model, scales and corrections of quantized layers among them, which ComfyUI does not see."""
+    owners = {f"diffusion_model.{name}" for name in states}
+    floats = (value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in owners)
+    held = (
+        tensor for name in states for tensor in model.diffusion_model.get_submodule(name).state().tensors().values()
+    )
+    return sum(tensor.nbytes for tensor in (*floats, *held))
 
 
 def _recognized(tensors: dict[str, Tensor], source: str) -> Any:

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ from .ranges import InputRanges
 from .refusals import ROOT, denoiser_modules, refuse_unfit_model
 
 __all__ = ["fingerprint_of", "quantize_model", "quantized_layers_of", "refuse_unfit_model", "source_layers"]
+
+PLAN = "ldmq_plan"
+"""Key of the attachment that holds the Plan of a quantized ModelPatcher."""
 
 STOCK = ("torch.nn.", "comfy.ops")
 """Modules whose Linear and Conv2d compute what their names say; any other class has a forward of its own."""
@@ -61,7 +65,7 @@ def quantize_model(
     """
     refuse_unfit_model(model)
     layers = source_layers(model)
-    _check_plan(plan, layers, ranges)
+    check_plan(plan, layers, ranges)
     schemes, dynamic = _runnable(plan, ranges)
     clone = _plain_clone(model)
     size = clone.model_size()
@@ -77,11 +81,12 @@ def quantize_model(
     # without a new one ComfyUI takes the clone's weights for loaded when it switches between the two
     clone.patches_uuid = uuid.uuid4()
     guard(clone)
+    clone.set_attachments(PLAN, plan)
     return clone, _told(clone, dynamic, before)
 
 
 class KnownRange(Observer):
-    """An input range that was found earlier, where an observer is asked for one. scale, zero_point: of `InputRanges`."""
+    """An input range that was found earlier, where an observer is asked for one: scale and zero point."""
 
     def __init__(self, scale: float, zero_point: int) -> None:
         self._range = QParams(torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32))
@@ -104,14 +109,16 @@ def _is_quantizable(module: nn.Module) -> bool:
     return module.weight is not None and getattr(module, "padding_mode", "zeros") == "zeros"
 
 
-def _check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | None) -> None:
+def check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | None) -> None:
+    """Raise PlanError unless plan and ranges were made for a model with exactly these layers, as `source_layers` gives
+    them, and the plan quantizes something."""
     if not plan.quantized():
         raise PlanError("the plan leaves every layer in floating point, so there is nothing to quantize; plan again")
     if missing := [name for name in plan.quantized() if name not in layers]:
         raise PlanError(
             f"the plan names {len(missing)} layers that this MODEL lacks: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}; it was made for another model: connect this MODEL to LDM-Q Profile "
-            "and plan again"
+            f"{', ...' if len(missing) > 3 else ''}; it was made for another model: connect this MODEL to LDM-Q "
+            "Profile and plan again"
         )
     if plan.fingerprint != (found := fingerprint_of(layers)):
         raise PlanError(
@@ -168,9 +175,12 @@ def _quantized(
 
 
 def _original(patcher: Any, name: str, source: nn.Module, part: str) -> Tensor | None:
-    """A layer's parameter as the file gave it, which lies in a backup while a clone with a LoRA is loaded."""
+    """A layer's parameter as the file gave it, which lies in a backup while a clone with a LoRA is loaded. Backups are
+    of the modules that are in the shared tree now, which need not be this clone's."""
     key = f"{ROOT}.{name}.{part}"
     kept: Any = getattr(source, part, None)
+    if comfy.utils.get_attr(patcher.model, f"{ROOT}.{name}") is not source:
+        return None if kept is None else kept.detach()
     if key in patcher.backup:
         kept = patcher.backup[key].weight
     if key in getattr(patcher, "hook_backup", {}):
@@ -196,7 +206,7 @@ def _told(patcher: Any, dynamic: dict[str, int], before: int) -> str:
     ]
     for scheme, count in sorted(dynamic.items()):
         lines.append(
-            f"{count} layers planned as {scheme} have no calibration and run as {scheme}-dyn, which measures each input "
-            "anew; connect LDM-Q Calibrate for fixed ranges"
+            f"{count} layers planned as {scheme} have no calibration and run as {scheme}-dyn, which measures each "
+            "input anew; connect LDM-Q Calibrate for fixed ranges"
         )
     return "\n".join(lines)

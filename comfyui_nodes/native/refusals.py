@@ -13,19 +13,15 @@ from .layer import LDMQLayer
 ROOT = "diffusion_model"
 """Where a MODEL's denoiser is; prefix of its object patches and weight keys."""
 
+LOAD_FLOAT = "load the original fp16 or bf16 file with the Load Checkpoint or Load Diffusion Model node"
 FOREIGN = {
-    "ggml": "is a GGUF file, whose weights are quantized already; load the original checkpoint with the Load Checkpoint "
-    "or Load Diffusion Model node",
-    "nunchaku": "is a Nunchaku model, whose weights are quantized already; load the original checkpoint with the Load "
-    "Checkpoint or Load Diffusion Model node",
-    "svdq": "is a Nunchaku model, whose weights are quantized already; load the original checkpoint with the Load "
-    "Checkpoint or Load Diffusion Model node",
-    "sdnq": "is an SDNQ model, whose weights are quantized already; load the original checkpoint with the Load "
-    "Checkpoint or Load Diffusion Model node",
-    "bnb": "is quantized by bitsandbytes already; load the original checkpoint with the Load Checkpoint or Load "
-    "Diffusion Model node",
+    "ggml": "a GGUF file",
+    "nunchaku": "a Nunchaku model",
+    "svdq": "a Nunchaku model",
+    "sdnq": "an SDNQ model",
+    "bnb": "a bitsandbytes model",
 }
-"""What the class or module name of a layer holds -> what is said of the MODEL."""
+"""Part of a layer's class or module name -> what the MODEL is then."""
 
 
 def refuse_unfit_model(model: Any) -> None:
@@ -60,29 +56,28 @@ def denoiser_modules(model: Any) -> dict[str, nn.Module]:
 
 
 def _refuse_foreign(model: Any, name: str, module: nn.Module) -> None:
-    kind = f"{type(module).__module__}.{type(module).__qualname__}".lower()
+    package = type(module).__module__.rpartition("custom_nodes")[2]  # ComfyUI names packages by their whole path
+    kind = f"{package}.{type(module).__qualname__}".lower()
     for word, told in FOREIGN.items():
         if word in kind:
-            raise LDMQError(f"this MODEL {told} (layer {name!r} is a {type(module).__qualname__})")
+            found = f"layer {name!r} is a {type(module).__qualname__}"
+            raise LDMQError(f"this MODEL is {told}, whose weights are quantized already ({found}); {LOAD_FLOAT}")
     weight = module._parameters.get("weight")
     if weight is None:
         return
     if hasattr(weight, "tensor_type"):
-        raise LDMQError(f"this MODEL {FOREIGN['ggml']} (layer {name!r} holds {type(weight).__name__})")
+        found = f"layer {name!r} holds {type(weight).__name__}"
+        raise LDMQError(f"this MODEL is {FOREIGN['ggml']}, whose weights are quantized already ({found}); {LOAD_FLOAT}")
     if isinstance(weight, QuantizedTensor):
         raise LDMQError(
-            f"this MODEL's file is quantized already (layer {name!r} is in the layout {weight._layout_cls}); load the "
-            "original fp16 or bf16 file with the Load Checkpoint or Load Diffusion Model node"
+            f"this MODEL's file is quantized already (layer {name!r} has the layout {weight._layout_cls}); {LOAD_FLOAT}"
         )
     if weight.is_floating_point() and weight.element_size() == 1:
         raise LDMQError(
-            f"this MODEL's weights are {str(weight.dtype).removeprefix('torch.')} (layer {name!r}), which leaves too few "
-            "bits to quantize from; set weight_dtype to 'default' in the Load Diffusion Model node, or load an fp16 or "
-            "bf16 file"
+            f"this MODEL's weights are {str(weight.dtype).removeprefix('torch.')} (layer {name!r}), too few bits to "
+            f"quantize from; set weight_dtype to 'default' in the Load Diffusion Model node, or {LOAD_FLOAT}"
         )
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise LDMQError(
-            f"layer {name!r} holds {weight.dtype} codes of some other quantization; load an fp16 or bf16 file"
-        )
+        raise LDMQError(f"layer {name!r} holds {weight.dtype} codes of another quantization; {LOAD_FLOAT}")
     if weight.is_meta:
         raise LDMQError(f"layer {name!r} has no weights in memory yet; sample once with this MODEL, then quantize it")

@@ -33,7 +33,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 CHANNELS = {"sd15": 4, "sdxl": 4, "sd3": 16, "flux": 16}
 
 
-def tiny_model(kind: str = "sd15", dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def tiny_model(kind: str = "sd15", dtype: torch.dtype = torch.float32, seed: int = 1) -> Any:
     """A ModelPatcher on the CPU with random weights. dtype: of the weights; where it is not fp32, ComfyUI computes in
     fp32 from them (manual cast)."""
     import comfy.model_patcher

@@ -257,13 +257,13 @@ def test_the_blocks_of_the_original_unet_layout_stand_in_the_order_in_which_they
         (
             "ldm_unet",
             ["time_embed.0", "label_emb.0.2", "input_blocks.0.0", "out.2", "middle_block.0.emb_layers.1"],
-            ["input_blocks.3.0.op", "output_blocks.0.0.in_layers.2", "input_blocks.1.1.proj_in", "middle_block.1.proj_out"],
+            ["input_blocks.3.0.op", "output_blocks.0.0.in_layers.2", "input_blocks.1.1.proj_in"],
         ),
         (
             "dit",
-            ["img_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer", "txt_in", "final_layer.linear",
-             "double_blocks.0.img_mod.lin", "single_blocks.3.modulation.lin", "x_embedder.proj", "t_embedder.mlp.0",
-             "y_embedder.mlp.2", "context_embedder", "joint_blocks.0.x_block.adaLN_modulation.1",
+            ["img_in", "time_in.in_layer", "vector_in.out_layer", "guidance_in.in_layer", "txt_in",
+             "final_layer.linear", "double_blocks.0.img_mod.lin", "single_blocks.3.modulation.lin", "x_embedder.proj",
+             "t_embedder.mlp.0", "y_embedder.mlp.2", "context_embedder", "joint_blocks.0.x_block.adaLN_modulation.1",
              "final_layer.adaLN_modulation.1", "distilled_guidance_layer.layers.0.in_layer"],
             ["double_blocks.0.img_attn.qkv", "single_blocks.0.linear1", "joint_blocks.0.x_block.mlp.fc1",
              "joint_blocks.0.context_block.attn.proj", "double_blocks.1.txt_mlp.2"],

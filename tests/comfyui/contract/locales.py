@@ -1,4 +1,4 @@
-"""locales/en/nodeDefs.json, which repeats what the schemas say: `python tests/comfyui/contract/locales.py` writes it."""
+"""locales/en/nodeDefs.json repeats what the schemas say: `python tests/comfyui/contract/locales.py` writes it."""
 
 import json
 import sys

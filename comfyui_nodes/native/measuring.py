@@ -1,0 +1,228 @@
+"""Profiling and calibrating ComfyUI's MODEL: the stages of diffusers_ldmq on what its own sampler asks of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_ldmq.allocator import give_back
+from diffusers_ldmq.artifacts import Plan, Profile
+from diffusers_ldmq.calibration import input_qparams
+from diffusers_ldmq.calls import Recording
+from diffusers_ldmq.errors import CalibrationError
+from diffusers_ldmq.observers import OBSERVERS, Observer
+from diffusers_ldmq.profiling import FEW_ROWS, ProfileSettings, profile_sqnr
+from diffusers_ldmq.progress import Progress
+from diffusers_ldmq.registry import Registry
+from diffusers_ldmq.specs import parse_scheme
+
+from .capture import (
+    Sampling,
+    Scene,
+    arguments,
+    checked_scene,
+    explained,
+    listening,
+    refuse_not_finite,
+    sample,
+    timestep_of,
+)
+from .float_copy import alive, copy_dtype, differentiable, float_copy, placed
+from .patching import check_plan, refuse_unfit_model, source_layers
+from .ranges import InputRanges
+from .recorder import Recorder, with_reference
+
+OBSERVER = "minmax-affine"
+MOST_IMAGES = 8
+"""Of a profile: more seeds than these make predictions little better and everything slower."""
+PARTS = 1000
+"""Of which a stage's progress is made."""
+TOLD_EVERY = 0.1
+"""Seconds between two signs of life."""
+RECORDED = 150
+"""Parts of a profile's progress that are over when its calls are recorded."""
+
+Selection = Callable[[float, float], bool]
+"""(timestep of a call, first timestep of the run) -> whether the call calibrates."""
+SELECTIONS: Registry[Selection] = Registry("selection")
+SELECTIONS.add("first-step", lambda timestep, first: timestep == first)
+SELECTIONS.add("uniform", lambda timestep, first: True)
+
+
+@dataclass(slots=True)
+class Share:
+    """A part of a progress bar, which can be told again where it is: a sign of life, and a chance to stop."""
+
+    progress: Progress | None
+    start: int = 0
+    end: int = PARTS
+    at: int = -1
+    told: float = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        at = self.start + (self.end - self.start) * done // max(total, 1)
+        if at == self.at:
+            self.again()
+            return
+        self.at = at
+        self._tell()
+
+    def again(self) -> None:
+        """Tell the same once more, ten times a second at most."""
+        if time.monotonic() - self.told >= TOLD_EVERY:
+            self._tell()
+
+    def _tell(self) -> None:
+        self.told = time.monotonic()
+        if self.progress is not None:
+            self.progress(max(self.at, self.start), PARTS)
+
+
+def profile_model(
+    model: Any, positive: Any, negative: Any, latent: Any, sampling: Sampling, progress: Progress | None = None
+) -> Profile:
+    """Where quantization noise arises in this MODEL (LoRAs included): static ranges from the first step of some images
+    at `sampling.seed`, noise at five steps of a whole run of as many at the next seed.
+
+    So many images are sampled that estimates rest on FEW_ROWS rows, whatever the latent's batch. Layers are named as
+    inside of the denoiser; `settings` of the result tells images, copy and cost in calls of the latent's own batch.
+    Raises LDMQError for a MODEL or inputs that cannot be measured.
+    """
+    refuse_unfit_model(model)
+    scene = checked_scene(model, positive, negative, latent)
+    settings = ProfileSettings(observer=OBSERVER)
+    copies = _copies(scene, sampling, settings.timesteps)
+    denoiser, recording = record_model(model, scene.times(copies), sampling, Share(progress, 0, RECORDED))
+    settings = replace(settings, images=scene.images * copies)
+    told = Share(progress, RECORDED, PARTS)
+    calls = [0]
+
+    def count(done: int, total: int) -> None:
+        calls[0] = total
+        told(done, total)
+
+    with _measuring(denoiser, told):
+        recording = with_reference(recording, denoiser)
+        profile = profile_sqnr(denoiser, recording, settings, progress=count)
+    facts = {
+        "images": scene.images * copies,
+        "copy": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
+        "cost_in_calls": copies * (sum(recording.sampler_calls.values()) + len(recording.calls) + calls[0]),
+    }
+    return replace(profile, settings={**profile.settings, **facts})
+
+
+def _copies(scene: Scene, sampling: Sampling, timesteps: int) -> int:
+    """How often each image of the latent is sampled, so that a profile sees FEW_ROWS rows."""
+    halves = 1 if math.isclose(sampling.cfg, 1.0) else 2
+    rows = scene.images * halves * min(timesteps, sampling.steps)
+    return max(1, min(math.ceil(FEW_ROWS / rows), MOST_IMAGES // scene.images))
+
+
+def record_model(model: Any, scene: Scene, sampling: Sampling, progress: Share) -> tuple[nn.Module, Recording]:
+    """(float copy of the denoiser, recording of its calls): the set 'calibrate' holds the first step at the sampling's
+    seed, 'select' a whole run at the next one. The MODEL stays as it is."""
+    own: list[torch.dtype] = []
+
+    def made(executor: Any, latent: Tensor) -> nn.Module:
+        own.append(latent.dtype)
+        return float_copy(executor, latent.device, copy_dtype(executor.class_obj, latent.dtype), progress.again)
+
+    recorder = Recorder(made)
+    with listening(model, recorder.wrap) as clone:
+        recorder.start("calibrate", 0, scene.images)
+        sample(clone, scene, sampling.from_noise(), first_step=True)
+        recorder.start("select", 1, scene.images)
+        sample(clone, scene, sampling.next_seed(), progress=progress)
+    recording, denoiser = recorder.result(), recorder.copy
+    assert denoiser is not None
+    return placed(denoiser, torch.device(model.load_device), own[0]), recording
+
+
+@contextmanager
+def _measuring(denoiser: nn.Module, progress: Share) -> Iterator[None]:
+    """Around what computes on a float copy: with gradients where they are asked for, and interruptible."""
+    try:
+        with torch.inference_mode(False), alive(denoiser, progress.again), differentiable(), explained("measured"):
+            yield
+    finally:
+        give_back()
+
+
+def calibrate_model(  # noqa: PLR0913  (what the node is given)
+    model: Any,
+    plan: Plan,
+    positive: Any,
+    negative: Any,
+    latent: Any,
+    sampling: Sampling,
+    selection: str = "first-step",
+    progress: Progress | None = None,
+) -> InputRanges:
+    """Input ranges of the plan's static layers, seen while this MODEL samples: during one step from pure noise, or with
+    the selection 'uniform' during the whole schedule. The MODEL stays as it is; no layer is copied or replaced.
+
+    Raises PlanError for a plan of another model, CalibrationError for a layer that was never called or saw NaN,
+    LDMQError for a MODEL or inputs that cannot be sampled.
+    """
+    chosen = SELECTIONS[selection]
+    refuse_unfit_model(model)
+    check_plan(plan, source_layers(model), None)
+    schemes = {name: parse_scheme(scheme) for name, scheme in plan.quantized().items()}
+    static = [name for name, scheme in schemes.items() if scheme.is_static]
+    if not static:
+        return InputRanges(plan.fingerprint, {}, selection, OBSERVER, 0)
+    scene = checked_scene(model, positive, negative, latent)
+    seen = _Ranges(static, chosen)
+    with listening(model, seen.wrap) as clone:
+        first_step = selection == "first-step"
+        sample(clone, scene, sampling.from_noise(), first_step=first_step, progress=Share(progress))
+    ranges: dict[str, tuple[float, int]] = {}
+    for name in static:
+        try:
+            found = input_qparams(seen.observers.get(name), schemes[name])
+        except CalibrationError as cause:
+            raise CalibrationError(f"layer {name!r}: {cause}") from None
+        assert found is not None
+        ranges[name] = (float(found.scale), int(found.zero_point))
+    return InputRanges(plan.fingerprint, ranges, selection, OBSERVER, seen.samples)
+
+
+class _Ranges:
+    """A wrapper around a denoiser that observes what goes into some of its layers."""
+
+    def __init__(self, names: list[str], chosen: Selection) -> None:
+        self.names, self.chosen = names, chosen
+        self.observers: dict[str, Observer] = {}
+        self.samples = 0
+        self.first: float | None = None
+
+    def wrap(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the denoiser; look at its layers' inputs if the call calibrates."""
+        timestep = timestep_of(arguments(executor, args, kwargs))
+        self.first = timestep if self.first is None else self.first
+        if not self.chosen(timestep, self.first):
+            return executor(*args, **kwargs)
+        layers = dict(executor.class_obj.named_modules())
+        handles = [layers[name].register_forward_pre_hook(self._hook(name)) for name in self.names]
+        try:
+            output = executor(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        refuse_not_finite(output, timestep)
+        self.samples += output.shape[0]
+        return output
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.observers.setdefault(name, OBSERVERS[OBSERVER]()).update(args[0])
+
+        return see

@@ -1,0 +1,129 @@
+"""Names that stay inside ComfyUI's folders, and folders that list what they should."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+from comfyui.contract.standin import StandIn
+
+from diffusers_ldmq.errors import OutputError
+
+HOSTILE = [
+    "../../x",
+    "a/../../x",
+    "..",
+    "/etc/x",
+    "\\x",
+    "..\\..\\x",
+    "C:x",
+    "a|b",
+    "x\x00y",
+    ".hidden",
+    "a/.b",
+    "",
+    " ",
+    "a/",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_that_leaves_the_folder_or_cannot_be_is_refused_in_words(stand_in: StandIn, name: str) -> None:
+    from comfyui_nodes.files import MODELS, name_problem, new_file
+
+    assert name_problem(name)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"choose another|write"):
+            new_file(MODELS, name, overwrite=overwrite)
+    assert not [path for path in stand_in.base.rglob("*") if path.is_file()]
+
+
+def test_a_link_that_leads_outside_is_refused(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from comfyui_nodes.files import MODELS, new_file
+
+    outside = tmp_path_factory.mktemp("outside")
+    folder = stand_in.base / "models" / MODELS
+    folder.mkdir(parents=True)
+    (folder / "link").symlink_to(outside)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match="through a link"):
+            new_file(MODELS, "link/x", overwrite=overwrite)
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model", "sd15/model", "model.safetensors", "v1.5 (final)"])
+def test_files_count_up_and_are_replaced_only_when_asked(stand_in: StandIn, name: str) -> None:
+    from comfyui_nodes.files import MODELS, listed, new_file
+
+    folder = stand_in.base / "models" / MODELS
+    stem = name.removesuffix(".safetensors")
+    for number in (1, 2, 3):
+        path = new_file(MODELS, name)
+        assert path == folder / f"{stem}_{number:05}_.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    exact = new_file(MODELS, name, overwrite=True)
+    assert exact == folder / f"{stem}.safetensors"
+    exact.write_bytes(b"")
+    assert new_file(MODELS, name, overwrite=True) == exact
+    assert len(listed(MODELS)) == 4
+
+
+def test_models_for_the_stock_loader_go_to_the_folder_of_that_name(stand_in: StandIn) -> None:
+    from comfyui_nodes.files import STOCK_MODELS, new_file
+
+    assert new_file(STOCK_MODELS, "x").parent == stand_in.base / "models" / "diffusion_models"
+
+
+def test_combos_list_finished_files_of_the_right_kind(stand_in: StandIn) -> None:
+    from comfyui_nodes.files import MODELS, PLANS, existing, listed
+
+    for kind, names in (
+        (PLANS, ["a.json", "b.txt"]),
+        (MODELS, ["sub/m.safetensors", ".m.partial-1.safetensors", "x.ckpt"]),
+    ):
+        for name in names:
+            path = stand_in.base / "models" / kind / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("")
+    assert listed(PLANS) == ["a.json"]
+    assert listed(MODELS) == [os.path.join("sub", "m.safetensors")]
+    assert existing(PLANS, "a.json") == stand_in.base / "models" / PLANS / "a.json"
+    for name in ("missing.json", "../ldmq_plans/a.json", str(stand_in.base / "models" / PLANS / "a.json")):
+        with pytest.raises(OutputError, match="press R"):
+            existing(PLANS, name)
+
+
+def test_folders_named_in_extra_model_paths_stay(stand_in: StandIn) -> None:
+    from comfyui_nodes.files import PLANS, listed, register_folders
+
+    paths = stand_in.modules["folder_paths"]
+    paths.folder_names_and_paths[PLANS] = ([str(stand_in.base / "elsewhere")], set())
+    (stand_in.base / "elsewhere").mkdir()
+    (stand_in.base / "elsewhere" / "theirs.json").write_text("")
+    register_folders()
+    assert listed(PLANS) == ["theirs.json"]
+    assert str(stand_in.base / "models" / PLANS) in paths.folder_names_and_paths[PLANS][0]
+
+
+def test_a_fingerprint_changes_with_the_file(stand_in: StandIn) -> None:
+    from comfyui_nodes.files import NO_FILE, PLANS, fingerprint, folder_fingerprint
+
+    path = stand_in.base / "models" / PLANS / "a.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("1")
+    first = fingerprint(PLANS, "a.json")
+    assert first == fingerprint(PLANS, "a.json")
+    _changed(path, "2")
+    assert fingerprint(PLANS, "a.json") != first
+    assert fingerprint(PLANS, NO_FILE) == fingerprint(PLANS, "missing.json") == fingerprint(PLANS, "../a.json") == ""
+    before = folder_fingerprint(str(stand_in.base / "models"))
+    _changed(path, "3")
+    assert before != folder_fingerprint(str(stand_in.base / "models")) != ""
+    assert folder_fingerprint("") == folder_fingerprint("name/model") == ""
+
+
+def _changed(path: Path, text: str) -> None:
+    path.write_text(text)
+    later = time.time_ns() + 10**9
+    os.utime(path, ns=(later, later))
