@@ -66,6 +66,15 @@ def is_current(pack: Pack, parameters: Mapping[str, Tensor | None], buffers: Map
     return True
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy if it was made in inference mode: packing sets `.data` outside of that mode, and what is
+    then half an inference tensor can neither be viewed nor counted."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
 def leave_file(tensor: Tensor) -> Tensor:
     """The same values outside of the file they were loaded from: the tensors of a safetensors file are views of one
     mapping, and the smallest of them would hold all of it in memory."""

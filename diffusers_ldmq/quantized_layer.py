@@ -20,7 +20,7 @@ from .backends import Backend, choose_backend
 from .compiled import new_handle, run_compiled
 from .errors import BackendError, LDMQError
 from .gradient import autocast, straight_through
-from .packing import Pack, check_codes, identity, is_current, is_stand_in, leave_file, make_stand_in
+from .packing import Pack, check_codes, identity, is_current, is_stand_in, leave_file, make_stand_in, ordinary
 from .specs import Geometry, LayerState, Scheme, check_rotation, check_state, geometry_of, parse_scheme, tensor_specs
 
 # bias before weight: pipelines read the dtype of a module's first parameter and must not find integers
@@ -173,12 +173,16 @@ class QuantizedLayer(nn.Module):
             assert weight is not None
             if weight.device != x.device:
                 raise BackendError(f"a quantized layer on {weight.device} was given an input on {x.device}")
+            check_codes(weight)
             for name, tensor in self._held().items():
                 if name in self._buffers:
-                    self._buffers[name] = leave_file(tensor)
+                    self._buffers[name] = leave_file(ordinary(tensor))
+                elif tensor.is_inference():
+                    self._parameters[name] = nn.Parameter(ordinary(tensor.detach()), requires_grad=False)
                 elif name == "bias":
                     leave_file(tensor)  # a Parameter is no view
-            check_codes(weight)
+            weight = self._parameters["weight"]
+            assert weight is not None
             state, backend = self._unrestored_state(), self._choose_backend()
             data = backend.pack(state, self.geometry)
             stand_in = make_stand_in(weight)
@@ -197,14 +201,16 @@ class QuantizedLayer(nn.Module):
         self._pack = None
         self._scheme, self._rotation = state.scheme, state.rotation
         self._handle = new_handle(self)
-        for name in PARAMETERS:
-            self._parameters.pop(name, None)
-            value = getattr(state, name)
-            self.register_parameter(name, None if value is None else nn.Parameter(value.detach(), requires_grad=False))
-        for name in BUFFERS:
-            self._buffers.pop(name, None)
-            if (value := getattr(state, name)) is not None:
-                self.register_buffer(name, value.detach())
+        with torch.inference_mode(False):
+            held = {name: ordinary(tensor.detach()) for name, tensor in state.tensors().items()}
+            for name in PARAMETERS:
+                self._parameters.pop(name, None)
+                value = held.get(name)
+                self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+            for name in BUFFERS:
+                self._buffers.pop(name, None)
+                if name in held:
+                    self.register_buffer(name, held[name])
 
     def _unrestored_state(self) -> LayerState:
         """The state, whose weight may be the stand-in."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from diffusers_ldmq import affine
+from diffusers_ldmq.calibration import layer_state
 from diffusers_ldmq.errors import BackendError, LDMQError
 from diffusers_ldmq.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantize_layer, quantized_layers
 from diffusers_ldmq.metrics import sqnr
@@ -360,3 +361,27 @@ def test_quantized_layers_are_listed_by_name():
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": quantize_layer(linear, state_of(linear, "w8a8"))})
     model["c"] = QuantLinear(2, 2)
     assert list(quantized_layers(model)) == ["b"]
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8a8-dyn", "w4a16"])
+@pytest.mark.parametrize("where", ["made", "filled", "copied"])
+def test_layers_made_in_inference_mode_work_in_it_and_outside(scheme: str, where: str) -> None:
+    """ComfyUI runs everything in inference mode, also loading."""
+    torch.manual_seed(0)
+    source, x = nn.Linear(8, 4), torch.randn(3, 8)
+    state = layer_state("layer", source, parse_scheme(scheme), None)
+    expected = quantize_layer(source, state)(x)
+    with torch.inference_mode():
+        made = quantize_layer(source, layer_state("layer", source, parse_scheme(scheme), None))
+        if where == "filled":
+            made.load_state_dict({name: value.clone() for name, value in made.state_dict().items()}, assign=True)
+        if where == "copied":
+            made = copy.deepcopy(made)
+        assert torch.equal(made(x), expected)
+        assert torch.equal(made.state().weight, state.weight)
+        made = made.to("cpu")
+        assert torch.equal(made(x), expected)
+    assert torch.equal(made(x), expected)
+    assert torch.equal(copy.deepcopy(made)(x), expected)
+    made.load_state(state)
+    assert torch.equal(made(x), expected)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from diffusers_ldmq.errors import LDMQError
 from diffusers_ldmq.layers import QuantConv2d, QuantLinear
+from diffusers_ldmq.packing import ordinary
 from diffusers_ldmq.quantized_layer import QuantizedLayer
 from diffusers_ldmq.specs import Geometry, LayerState, Scheme, parse_scheme
 
@@ -167,8 +168,7 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
         self._adopt(replace(held, scheme=scheme, weight=weight._qdata, weight_scale=weight._params.scale).to(device))
 
     def _adopt(self, state: LayerState) -> None:
-        with torch.inference_mode(False):
-            self._hidden.adopt(ordinary_state(state))
+        self._hidden.adopt(state)
         self._show()
 
     @property
@@ -201,24 +201,9 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._show()
+        self._adopt(self._hidden.state())
 
 
-def ordinary(tensor: Tensor) -> Tensor:
-    """The tensor, or its copy if it was made in inference mode: packing sets `.data` outside of that mode, and half an
-    inference tensor can neither be viewed nor counted."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.clone()
-
-
-def ordinary_state(state: LayerState) -> LayerState:
-    """The state with every tensor ordinary."""
-    return replace(state, **{name: ordinary(tensor) for name, tensor in state.tensors().items()})
-
-
-@torch.inference_mode(False)
 def hidden_layer(state: LayerState, geometry: Geometry) -> QuantizedLayer:
     """The QuantLinear or QuantConv2d of diffusers_ldmq that runs a state, on the device that it is on. Shares the
     state's tensors, but for those made in inference mode, which it copies."""
@@ -231,7 +216,7 @@ def hidden_layer(state: LayerState, geometry: Geometry) -> QuantizedLayer:
         )
     else:
         layer = QuantLinear(geometry.in_channels, rows, bias=bias, device="meta")
-    layer.load_state(ordinary_state(state))
+    layer.load_state(state)
     return layer.eval()
 
 

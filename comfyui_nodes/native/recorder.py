@@ -87,7 +87,8 @@ class Recorder:
 def _recordable(value: Any, path: str) -> Any:
     """An argument with everything that is neither tensor nor plain JSON marked as InMemory."""
     if path == OPTIONS:
-        return InMemory(dict(value), _options_of_rows)
+        # replays go past wrappers, one of which is this recorder's own
+        return InMemory({name: item for name, item in value.items() if name != "wrappers"}, _options_of_rows)
     if isinstance(value, dict):
         return {key: _recordable(item, f"{path}/{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -33,7 +33,9 @@ class LDMQQuantize(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(
-                    "model", tooltip="The quantized MODEL, for KSampler, LoRA loaders, LDM-Q Save model, ..."
+                    "quantized",
+                    display_name="model",  # the oldest API wants ids that inputs and outputs do not share
+                    tooltip="The quantized MODEL, for KSampler, LoRA loaders, LDM-Q Save model, ...",
                 ),
                 text_output("What runs in which precision."),
             ],

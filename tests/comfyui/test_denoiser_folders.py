@@ -10,6 +10,7 @@ import torch
 from comfyui.cut_models import sample_cut
 from comfyui.tiny_models import lora, sqnr
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from local_hub import LocalHub
 from tiny_pipelines import MAKERS
 
 from diffusers_ldmq.artifacts import Calibration, LayerChoice, Plan
@@ -20,6 +21,10 @@ from diffusers_ldmq.families import layer_table, quantizable_layers
 from diffusers_ldmq.plugin import attach
 from diffusers_ldmq.quantization import quantize
 from diffusers_ldmq.specs import parse_scheme
+
+from ..hub.conftest import hub, impatient
+
+__all__ = ["hub", "impatient"]
 
 
 def load(folder: Path | str) -> Any:
@@ -172,6 +177,19 @@ def test_schedulers_that_comfyui_does_not_sample_with_are_refused(
     edit(folder / "scheduler" / "scheduler_config.json", **changes)
     with pytest.raises(LDMQError, match=told):
         load(folder)
+
+
+def test_a_hub_id_opens_what_a_folder_holds(
+    comfy: ModuleType, folder: Path, hub: LocalHub, impatient: None, tmp_path: Path
+):
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hub.add("you/x", files)
+    assert torch.equal(sample_cut(load("you/x")), sample_cut(load(folder)))
+    with pytest.raises(LDMQError, match="you/absent: neither a folder here nor a model that the hub shows you"):
+        load("you/absent")
+    hub.add("you/half", {name: data for name, data in files.items() if not name.endswith(".safetensors")})
+    with pytest.raises(LDMQError, match="you/half: the U-Net cannot be loaded"):
+        load("you/half")
 
 
 def test_float_folders_are_refused(comfy: ModuleType, tmp_path: Path):
