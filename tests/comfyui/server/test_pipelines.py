@@ -9,24 +9,13 @@ import numpy as np
 import pytest
 from comfyui.server.comfy_server import Server
 from comfyui.server.facts import Facts
+from comfyui.server.images import pictures, psnr
 from comfyui.server.prompts import changed, float_start, node_of, small_run, workflow
 from PIL import Image
 
 STOP_SECONDS = 1.0
 QUANTIZING = {"quantize": "Balanced", "dtype": "float32"}
 SAVE = "ldmq_pipeline_save"
-
-
-def pictures(server: Server, outputs: dict[str, Any]) -> list[np.ndarray]:
-    """What SaveImage wrote, fp32 [H, W, 3] in 0..1."""
-    told = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == "output"]
-    files = [server.base / "output" / image["subfolder"] / image["filename"] for image in told]
-    assert all(file.resolve().is_relative_to(server.base / "output") for file in files)
-    return [np.asarray(Image.open(file).convert("RGB"), dtype=np.float32) / 255 for file in files]
-
-
-def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    return float(-10 * np.log10(max(np.square(first - second).mean(), 1e-12)))
 
 
 def saving(prompt: dict[str, Any], prefix: str) -> dict[str, Any]:
