@@ -120,6 +120,12 @@ class Server:
         pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def worked(self) -> float:
+        """CPU seconds that the server's process has used: on a machine that does other work too, the fair clock."""
+        assert self._process is not None
+        times = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+
     def get(self, path: str) -> Any:
         """JSON of a GET."""
         return json.loads(self.read(path))
@@ -166,6 +172,15 @@ class Server:
     def run(self, prompt: dict[str, Any]) -> Ran:
         """Run a workflow to its end. Raises AssertionError if any node is refused before it starts."""
         return self.result(self.queue(prompt))
+
+    def stopped(self, ident: str) -> tuple[float, float]:
+        """Press Stop while the run with that id is at work; seconds and CPU seconds until it is over."""
+        begun, worked = time.monotonic(), self.worked()
+        self.send("/interrupt")
+        ran = self.result(ident)
+        assert ran.interrupted
+        assert ran.error is None
+        return time.monotonic() - begun, self.worked() - worked
 
     def refusals(self, prompt: dict[str, Any]) -> dict[str, Any]:
         """What is said about the nodes of a prompt that must not start, or of which an output node is dropped."""

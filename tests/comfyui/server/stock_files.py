@@ -38,15 +38,25 @@ def denoiser() -> Any:
     return patcher(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
 
 
+def autoencoder() -> torch.nn.Module:
+    """TAESD with random weights whose pictures are neither black nor white."""
+    vae = comfy.taesd.taesd.TAESD()
+    fill(vae, 2)
+    last = [part for part in vae.taesd_decoder.modules() if isinstance(part, torch.nn.Conv2d)][-1]
+    with torch.no_grad():
+        vae.vae_scale.fill_(1.0)
+        vae.vae_shift.fill_(0.0)
+        drawn = vae.taesd_decoder(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)))
+        last.weight.div_(4 * drawn.std())
+        last.bias.div_(4 * drawn.std()).add_(0.5 - drawn.mean() / (4 * drawn.std()))
+    return vae
+
+
 def write(folder: Path) -> None:
     """Both files. The autoencoder is TAESD's, so that decoding costs nothing."""
     model, clip = denoiser(), comfy.sd1_clip.SD1ClipModel(device="cpu", dtype=torch.float32)
-    vae = comfy.taesd.taesd.TAESD()
     fill(clip, 1)
-    torch.manual_seed(2)
-    for part in vae.modules():
-        if isinstance(part, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(part.weight)
+    vae = autoencoder()
     tensors = {f"model.diffusion_model.{key}": value for key, value in model.model.diffusion_model.state_dict().items()}
     texts = {key.replace("clip_l.", "cond_stage_model.", 1): value for key, value in clip.state_dict().items()}
     unsaved = ("cond_stage_model.logit_scale", "cond_stage_model.transformer.text_projection.weight")

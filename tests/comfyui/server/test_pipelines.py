@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,13 @@ import numpy as np
 import pytest
 from comfyui.server.comfy_server import Server
 from comfyui.server.facts import Facts
+from comfyui.server.images import pictures, psnr
 from comfyui.server.prompts import changed, float_start, node_of, small_run, workflow
 from PIL import Image
 
 STOP_SECONDS = 1.0
 QUANTIZING = {"quantize": "Balanced", "dtype": "float32"}
 SAVE = "ldmq_pipeline_save"
-
-
-def pictures(server: Server, outputs: dict[str, Any]) -> list[np.ndarray]:
-    """What SaveImage wrote, fp32 [H, W, 3] in 0..1."""
-    told = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == "output"]
-    files = [server.base / "output" / image["subfolder"] / image["filename"] for image in told]
-    assert all(file.resolve().is_relative_to(server.base / "output") for file in files)
-    return [np.asarray(Image.open(file).convert("RGB"), dtype=np.float32) / 255 for file in files]
-
-
-def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    return float(-10 * np.log10(max(np.square(first - second).mean(), 1e-12)))
 
 
 def saving(prompt: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -108,47 +96,26 @@ def test_a_saved_pipeline_is_listed_and_draws_the_same(server: Server, quick_sta
     assert gone, "a combo does not take what is not listed"
 
 
-def test_stopping_while_profiling(survivor: Server, facts: Facts) -> None:
-    begun = changed(float_start(steps=7), "ldmq_pipeline_loader", **QUANTIZING)
-    seconds = []
+def test_stopping_while_quantizing(survivor: Server, facts: Facts) -> None:
+    begun = saving(changed(float_start(steps=7), "ldmq_pipeline_loader", **QUANTIZING), "never")
     for stage in ("record", "profile"):
         with survivor.listen() as listener:
-            ident = survivor.queue(saving(begun, "never"))
-            wait_for(listener, stage.encode())
-            seconds.append(stopped(survivor, ident))
+            ident = survivor.queue(begun)
+            listener.wait_for(stage)
+            seconds, worked = survivor.stopped(ident)
+        assert worked <= STOP_SECONDS
+        facts.add(f"Stop in the stage '{stage}' of a pipeline", f"{seconds:.2f} s, {worked:.2f} of the CPU's")
     assert not (survivor.base / "models" / "ldmq_pipelines" / "never_00001_").exists()
-    assert max(seconds) <= STOP_SECONDS
-    facts.add(
-        "Stop while recording and while profiling a pipeline", f"{max(seconds):.2f} s at most; nothing left behind"
-    )
+    assert not [path for path in (survivor.base / "huggingface" / "ldmq").rglob("*.partial*")]
 
 
 def test_stopping_while_sampling(survivor: Server, facts: Facts) -> None:
     with survivor.listen() as listener:
         ident = survivor.queue(changed(float_start(), "ldmq_pipeline_sampler", steps=900, batch_size=8, seed=77))
-        wait_for(listener, b"Sampling")
-        seconds = stopped(survivor, ident)
-    assert seconds <= STOP_SECONDS
-    facts.add("Stop while sampling a pipeline", f"{seconds:.2f} s")
-
-
-def wait_for(listener: Any, text: bytes) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(text in told for told in listener.of("text")):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{text!r} was never told")
-
-
-def stopped(server: Server, ident: str) -> float:
-    """Press Stop; seconds until the run is over."""
-    begun = time.monotonic()
-    server.send("/interrupt")
-    ran = server.result(ident)
-    assert ran.interrupted
-    assert ran.error is None
-    return time.monotonic() - begun
+        listener.wait_for("Sampling")
+        seconds, worked = survivor.stopped(ident)
+    assert worked <= STOP_SECONDS
+    facts.add("Stop while sampling a pipeline", f"{seconds:.2f} s, {worked:.2f} of the CPU's")
 
 
 BAD = {

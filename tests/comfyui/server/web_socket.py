@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,13 @@ class Listener:
     def of(self, kind: str) -> list[Any]:
         """Data of all events of that kind so far."""
         return [event.data for event in list(self.events) if event.kind == kind]
+
+    def wait_for(self, text: str, seconds: float = 240) -> None:
+        """Until a node shows a text that holds this one. Raises AssertionError if none does."""
+        deadline = time.monotonic() + seconds
+        while not any(text.encode() in told for told in self.of("text")):
+            assert time.monotonic() < deadline, f"{text!r} was never told"
+            time.sleep(0.02)
 
     def _read(self) -> None:
         try:

@@ -1,0 +1,141 @@
+"""What a user of the MODEL route gets wrong: one clear message on the node, a server that lives, a next run that works."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui.server.comfy_server import Server
+from comfyui.server.facts import Facts
+from comfyui.server.prompts import changed, node_of, small, without, workflow
+
+from diffusers_ldmq.artifacts import LayerChoice, Plan
+
+STOP_SECONDS = 1.0
+FOREIGN_PLAN = "of-another-model.json"
+
+
+@pytest.fixture
+def prompt(stock_server: Server, survivor: Server) -> dict[str, Any]:
+    """Profile, plan, calibrate, quantize and save, small."""
+    return small(workflow("quantize_and_save_a_checkpoint"))
+
+
+def failed(server: Server, prompt: dict[str, Any], kind: str, *words: str) -> str:
+    """The message of a run that must fail on that node: in one line, with these words, and no library's own words."""
+    ran = server.run(prompt)
+    assert ran.error is not None, "it worked"
+    assert ran.error["node_type"] == kind, ran.error
+    message = ran.message()
+    for word in words:
+        assert word.lower() in message.lower(), message
+    assert len(message.splitlines()) == 1, message
+    assert len(message) < 700, message
+    return message
+
+
+def models(server: Server) -> set[Path]:
+    """Everything in folders that nodes write to, unfinished files too."""
+    folders = [server.base / "models" / name for name in ("ldmq_models", "ldmq_plans", "diffusion_models")]
+    return {path for folder in folders for path in folder.rglob("*")}
+
+
+def test_a_plan_for_another_model(stock_server: Server, prompt: dict[str, Any], facts: Facts) -> None:
+    folder = stock_server.base / "models" / "ldmq_plans"
+    folder.mkdir(exist_ok=True)
+    layers = {f"encoder.{number}.to_q": LayerChoice("w8a16", "by hand") for number in range(5)}
+    Plan("UNetModel", "0123456789abcdef", "uniform", layers).save(folder / FOREIGN_PLAN)
+    inputs = {"target": "", "planner": "budget", "scheme": "w8a8", "keep_float": "default"}
+    inputs |= {"load_plan": FOREIGN_PLAN, "save_as": ""}
+    prompt = without(prompt, "ldmq_calibrate", "PreviewAny", "ldmq_profile")
+    prompt[node_of(prompt, "ldmq_plan")] = {"class_type": "ldmq_plan_advanced", "inputs": inputs}
+    del prompt[node_of(prompt, "ldmq_quantize")]["inputs"]["calibration"]
+    message = failed(stock_server, prompt, "ldmq_quantize", "encoder.0.to_q", "LDM-Q Profile")
+    (folder / FOREIGN_PLAN).unlink()
+    facts.add("a plan for another model", message)
+
+
+@pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_quantize"])
+def test_a_model_that_is_quantized_already(
+    stock_server: Server, prompt: dict[str, Any], kind: str, facts: Facts
+) -> None:
+    quantized = node_of(prompt, "ldmq_quantize")
+    again = {**prompt[node_of(prompt, kind)]["inputs"], "model": [quantized, 0]}
+    prompt = without(prompt, "PreviewAny", "ldmq_save_model", "SaveImage", "VAEDecode", "KSampler")
+    prompt["80"] = {"class_type": kind, "inputs": again}
+    prompt["81"] = {"class_type": "PreviewAny", "inputs": {"source": ["80", 1 if kind == "ldmq_quantize" else 2]}}
+    facts.add(f"a quantized MODEL given to {kind}", failed(stock_server, prompt, kind, "quantized already"))
+
+
+@pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_calibrate", "ldmq_compare"])
+def test_an_empty_latent(stock_server: Server, prompt: dict[str, Any], kind: str, facts: Facts) -> None:
+    prompt = small(workflow("compare_float_and_quantized"))
+    prompt["80"] = {"class_type": "probe_empty_latent", "inputs": {}}
+    prompt[node_of(prompt, kind)]["inputs"]["latent_image"] = ["80", 0]
+    facts.add(f"an empty latent given to {kind}", failed(stock_server, prompt, kind, "latent", "empty"))
+
+
+@pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_calibrate", "ldmq_compare"])
+def test_out_of_memory(stock_server: Server, prompt: dict[str, Any], kind: str, facts: Facts) -> None:
+    prompt = small(workflow("compare_float_and_quantized"))
+    prompt["80"] = {
+        "class_type": "probe_out_of_memory",
+        "inputs": {"model": [node_of(prompt, "CheckpointLoaderSimple"), 0]},
+    }
+    prompt[node_of(prompt, kind)]["inputs"]["reference" if kind == "ldmq_compare" else "model"] = ["80", 0]
+    facts.add(f"out of memory in {kind}", failed(stock_server, prompt, kind, "out of memory", "smaller latent"))
+
+
+@pytest.mark.parametrize("prefix", ["../../x", "/tmp/x", "", "a/../../../x", "..\\..\\x", ".hidden"])
+@pytest.mark.parametrize("kind", ["ldmq_save_model", "ldmq_export"])
+def test_a_model_is_never_saved_outside_of_its_folder(
+    stock_server: Server, prompt: dict[str, Any], kind: str, prefix: str
+) -> None:
+    before = models(stock_server)
+    prompt[node_of(prompt, "ldmq_save_model")]["class_type"] = kind
+    (number,) = (number for number, node in prompt.items() if node["class_type"] == kind)
+    prompt[number]["inputs"]["filename_prefix"] = prefix
+    refused = stock_server.refusals(
+        {**without(prompt, "PreviewAny", "SaveImage", "VAEDecode", "KSampler", "PreviewImage")}
+    )
+    assert refused[number]["errors"]
+    assert models(stock_server) == before
+
+
+def damaged(folder: Path) -> dict[str, Path]:
+    """Files that are no models of ours."""
+    import torch
+    from safetensors.torch import save_file
+
+    files = {name: folder / f"{name}.safetensors" for name in ("truncated", "foreign", "no-tensors-at-all", "empty")}
+    save_file({"a.weight": torch.ones(4, 4)}, files["foreign"])
+    files["truncated"].write_bytes(files["foreign"].read_bytes()[:-17])
+    files["no-tensors-at-all"].write_bytes(b"<!doctype html><title>404</title>")
+    files["empty"].write_bytes(b"")
+    return files
+
+
+@pytest.mark.parametrize("name", ["truncated", "foreign", "no-tensors-at-all", "empty"])
+def test_a_file_that_is_no_model_of_ours(stock_server: Server, survivor: Server, name: str, facts: Facts) -> None:
+    folder = stock_server.base / "models" / "ldmq_models"
+    folder.mkdir(exist_ok=True)
+    files = damaged(folder)
+    prompt = changed(small(workflow("load_quantized_with_lora")), "ldmq_load_model", model_file=files[name].name)
+    message = failed(stock_server, prompt, "ldmq_load_model", files[name].name)
+    for file in files.values():
+        file.unlink()
+    facts.add(f"LDM-Q Load model: {name} file", message.replace(str(stock_server.base), "..."))
+
+
+@pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_calibrate", "ldmq_compare"])
+def test_stop(stock_server: Server, prompt: dict[str, Any], kind: str, facts: Facts) -> None:
+    names = {"ldmq_profile": "Profiling", "ldmq_calibrate": "Calibrating", "ldmq_compare": "Comparing"}
+    before = models(stock_server)
+    prompt = small(workflow("compare_float_and_quantized"))
+    more = {"steps": 40, "selection": "uniform"} if kind == "ldmq_calibrate" else {"steps": 40}
+    with stock_server.listen() as listener:
+        ident = stock_server.queue(changed(prompt, kind, **more))
+        listener.wait_for(f"{names[kind]}: ")
+        seconds, worked = stock_server.stopped(ident)
+    assert worked <= STOP_SECONDS
+    assert models(stock_server) == before
+    facts.add(f"Stop in {kind}", f"{seconds:.2f} s, {worked:.2f} of the CPU's; nothing left behind")
