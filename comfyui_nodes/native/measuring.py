@@ -42,6 +42,10 @@ from .recorder import Recorder, with_reference
 OBSERVER = "minmax-affine"
 MOST_IMAGES = 8
 """Of a profile: more seeds than these make predictions little better and everything slower."""
+CALIBRATING = 4
+"""Images of a single step that calibrates, where the latent's batch is smaller ..."""
+POSITIONS = 128 * 128
+"""... and all of them together have no more positions than this: one picture of 1024 x 1024."""
 PARTS = 1000
 """Of which a stage's progress is made."""
 TOLD_EVERY = 0.1
@@ -166,8 +170,9 @@ def calibrate_model(  # noqa: PLR0913  (what the node is given)
     selection: str = "first-step",
     progress: Progress | None = None,
 ) -> InputRanges:
-    """Input ranges of the plan's static layers, seen while this MODEL samples: during one step from pure noise, or with
-    the selection 'uniform' during the whole schedule. The MODEL stays as it is; no layer is copied or replaced.
+    """Input ranges of the plan's static layers, seen while this MODEL samples: during one step from pure noise of a few
+    images, or with the selection 'uniform' during the whole schedule of the latent's own. The MODEL stays as it is; no
+    layer is copied or replaced.
 
     Raises PlanError for a plan of another model, CalibrationError for a layer that was never called or saw NaN,
     LDMQError for a MODEL or inputs that cannot be sampled.
@@ -183,6 +188,7 @@ def calibrate_model(  # noqa: PLR0913  (what the node is given)
     seen = _Ranges(static, chosen)
     with listening(model, seen.wrap) as clone:
         first_step = selection == "first-step"
+        scene = scene.times(_calibrating(scene)) if first_step else scene
         sample(clone, scene, sampling.from_noise(), first_step=first_step, progress=Share(progress))
     ranges: dict[str, tuple[float, int]] = {}
     for name in static:
@@ -193,6 +199,12 @@ def calibrate_model(  # noqa: PLR0913  (what the node is given)
         assert found is not None
         ranges[name] = (float(found.scale), int(found.zero_point))
     return InputRanges(plan.fingerprint, ranges, selection, OBSERVER, seen.samples)
+
+
+def _calibrating(scene: Scene) -> int:
+    """How often each image of the latent is sampled, each from noise of its own, where one step must do."""
+    positions = scene.latent["samples"][0, 0].numel()
+    return max(1, min(CALIBRATING, POSITIONS // positions) // scene.images)
 
 
 class _Ranges:

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import re
 import weakref
 from types import ModuleType
 from typing import Any
@@ -29,16 +28,14 @@ def calibrated(model: Any, plan: Any, kind: str = "sd15", selection: str = "firs
     return calibrate_model(model, plan, *given, sampling(steps=5), selection, progress)
 
 
-def everything(model: Any, scheme: str = "w8a8", keep_float: bool = False) -> Any:
-    """A plan that gives every layer one scheme, but for those that the family keeps in floating point if asked."""
+def everything(model: Any, scheme: str = "w8a8") -> Any:
+    """A plan that gives every layer one scheme."""
     from comfyui_nodes.native.patching import fingerprint_of, source_layers
     from diffusers_ldmq.artifacts import LayerChoice, Plan
-    from diffusers_ldmq.families import family_of
 
-    layers, kept = source_layers(model), family_of(model.model.diffusion_model).keep_float
+    layers = source_layers(model)
     name = type(model.model.diffusion_model).__name__
-    chosen = {n: "float" if keep_float and re.search(kept, n) else scheme for n in layers}
-    return Plan(name, fingerprint_of(layers), "test", {n: LayerChoice(s, "asked for") for n, s in chosen.items()})
+    return Plan(name, fingerprint_of(layers), "test", {n: LayerChoice(scheme, "asked for") for n in layers})
 
 
 def untouched(model: Any) -> bool:
@@ -54,10 +51,16 @@ def test_a_profile_foretells_what_a_hybrid_plan_does(
 ) -> None:
     from comfyui_nodes.native.comparing import compare_models
     from comfyui_nodes.native.patching import quantize_model
+    from diffusers_ldmq.errors import LDMQError
     from diffusers_ldmq.planning import make_plan
 
     model = tiny_model(kind)
     before = sample(model, kind)
+    if kind == "flux" and not hasattr(comfy.model_management, "in_training"):
+        with pytest.raises(LDMQError, match="gradients do not pass .* update ComfyUI"):
+            profile(model, kind)
+        assert torch.equal(sample(model, kind), before)
+        return
     with caplog.at_level(logging.WARNING, "diffusers_ldmq"):
         found = profile(model, kind)
     assert not caplog.records, "so few rows that predictions would be off by several dB"
@@ -132,9 +135,9 @@ def test_ranges_are_those_of_hooks_on_the_first_step(kind: str, comfy: ModuleTyp
 
     with capture.listening(model, wrap) as clone:
         scene = capture.checked_scene(model, conditioning(kind), conditioning(kind, 2), latent(kind))
-        capture.sample(clone, scene, sampling(steps=5), first_step=True)
+        capture.sample(clone, scene.times(4), sampling(steps=5), first_step=True)
     assert highest.keys() == found.ranges.keys() == everything(model).layers.keys()
-    assert (found.samples, found.selection) == (2, "first-step")
+    assert (found.samples, found.selection) == (8, "first-step")
     for name, (scale, zero_point) in found.ranges.items():
         assert scale * (127 - zero_point) >= 0.99 * highest[name] - scale
 
@@ -143,10 +146,10 @@ def test_uniform_sees_the_whole_schedule(comfy: ModuleType) -> None:
     model = tiny_model()
     plan = everything(model)
     first, whole = calibrated(model, plan), calibrated(model, plan, selection="uniform")
-    assert (first.samples, whole.samples) == (2, 10)
-    width = lambda ranges, name: ranges.ranges[name][0] * 255  # noqa: E731
-    assert all(width(whole, n) >= width(first, n) * 0.49 for n in plan.layers)
-    assert sum(width(whole, n) > width(first, n) * 1.001 for n in plan.layers) > len(plan.layers) / 2
+    assert (first.samples, whole.samples) == (8, 10)
+    name = "time_embed.2"  # depends on the timestep alone, of which one step sees one
+    assert whole.ranges[name][0] > first.ranges[name][0]
+    assert len(whole.ranges) == len(plan.layers)
 
 
 def test_a_plan_without_static_layers_needs_no_step(comfy: ModuleType) -> None:
@@ -156,12 +159,21 @@ def test_a_plan_without_static_layers_needs_no_step(comfy: ModuleType) -> None:
 
 
 def test_all_w8a8_calibrated_keeps_20_db(comfy: ModuleType) -> None:
+    """Of the final latent. The tiny random model's inputs grow as it samples, far beyond those of the first step."""
+    from comfyui_nodes.native.measuring import calibrate_model
     from comfyui_nodes.native.patching import quantize_model
 
     model = tiny_model()
-    plan = everything(model, keep_float=True)
-    quantized, _ = quantize_model(model, plan, calibrated(model, plan))
-    assert sqnr(sample(model), sample(quantized)) >= 20
+    plan, given = everything(model), (conditioning(), conditioning(seed=2), latent())
+    quantized, _ = quantize_model(model, plan, calibrate_model(model, plan, *given, sampling(steps=20), "uniform"))
+    assert sqnr(sample(model, steps=20), sample(quantized, steps=20)) >= 20
+
+
+@pytest.mark.parametrize(("batch", "size", "copies"), [(1, 8, 4), (1, 64, 4), (1, 128, 1), (3, 8, 1), (2, 64, 2)])
+def test_one_step_calibrates_on_a_few_images(batch: int, size: int, copies: int, comfy: ModuleType) -> None:
+    from comfyui_nodes.native.measuring import _calibrating
+
+    assert _calibrating(capture_scene(tiny_model(), given={"samples": torch.zeros(batch, 4, size, size)})) == copies
 
 
 def test_a_plan_for_another_model_is_refused_with_the_first_missing_layers(comfy: ModuleType) -> None:
