@@ -88,6 +88,21 @@ def test_a_lora_costs_little_more_than_quantizing_does(schemes: tuple[str, str],
     assert with_ >= without - 5
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+def test_a_lora_behind_a_calibrated_model_costs_little_more_too(scheme: str, comfy: ModuleType) -> None:
+    from comfyui_nodes.native.patching import quantized_layers_of
+
+    model = tiny_model()
+    file = big_lora(model)
+    base, adapted = sample(model), sample(with_lora(model, file))
+    clone = quantized(model, scheme, scheme, ranges_of(model, plan_of(model, scheme, scheme)))  # without the LoRA
+    alone = sample(clone)
+    assert sqnr(adapted, sample(with_lora(clone, file))) >= sqnr(base, alone) - 5
+    assert {layer.scheme.name for layer in quantized_layers_of(clone).values()} == {"w8a8-dyn"}
+    assert torch.equal(sample(clone), alone)
+    assert {layer.scheme.name for layer in quantized_layers_of(clone).values()} == {scheme}
+
+
 @pytest.mark.parametrize("scheme", ["w8a8-dyn", "w4a16"])
 def test_a_lora_before_quantizing_is_one_after_it(scheme: str, comfy: ModuleType) -> None:
     model = tiny_model()
