@@ -18,15 +18,15 @@ from diffusers_ldmq.backends import fast_dtype
 from diffusers_ldmq.checkpoints import stored_config
 from diffusers_ldmq.demo import MODEL
 from diffusers_ldmq.errors import LDMQError, PlanError
-from diffusers_ldmq.families import find_denoiser
+from diffusers_ldmq.families import find_denoiser, uncompiled
 from diffusers_ldmq.folders import load_pipeline, save_pipeline
 from diffusers_ldmq.inspection import describe
 from diffusers_ldmq.layers import quantized_layers
-from diffusers_ldmq.progress import StageProgress
+from diffusers_ldmq.progress import Progress, StageProgress
 from diffusers_ldmq.sampling import Sampling, sample_pictures
 from diffusers_ldmq.summary import mb
 
-from .interrupting import interruptible
+from .interrupting import interruptible, told_of_saving
 from .presets import Preset
 from .previews import previewer_of
 
@@ -237,12 +237,16 @@ def image_tensor(pictures: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def save(loaded: LoadedPipeline, folder: Path) -> None:
-    """Write an ordinary diffusers folder, complete or not at all. Raises OutputError where it cannot be written."""
-    if isinstance(loaded.pipe, QuantizedLDMPipeline):
-        loaded.pipe.save_pretrained(folder)
-    else:
-        save_pipeline(loaded.pipe, folder)
+def save(loaded: LoadedPipeline, folder: Path, progress: Progress) -> None:
+    """Write an ordinary diffusers folder, complete or not at all. progress: called before each model, never when the
+    folder stands: a stop that it raises must leave none. Raises OutputError where it cannot be written."""
+    parts = [uncompiled(part) for part in loaded.pipe.components.values()]
+    models = [part for part in parts if isinstance(part, torch.nn.Module) and hasattr(part, "save_pretrained")]
+    with told_of_saving(list({id(model): model for model in models}.values()), progress):
+        if isinstance(loaded.pipe, QuantizedLDMPipeline):
+            loaded.pipe.save_pretrained(folder)
+        else:
+            save_pipeline(loaded.pipe, folder)
 
 
 def is_quantized(loaded: LoadedPipeline) -> bool:
