@@ -82,9 +82,9 @@ def test_an_autoencoder_that_cannot_be_used_gives_no_preview(
 
 
 def test_an_interrupt_inside_a_preview_passes(monkeypatch: Any) -> None:
-    class Interrupt(Exception):
+    class InterruptError(Exception):
         """What ComfyUI's own is in older versions."""
 
     monkeypatch.setattr(previews, "SMALL_AUTOENCODER", 0)
-    with pytest.raises(Interrupt):
-        previewer_of(SimpleNamespace(vae=Strange(Interrupt())))
+    with pytest.raises(InterruptError):
+        previewer_of(SimpleNamespace(vae=Strange(InterruptError())))
