@@ -26,8 +26,8 @@ class Previewer:
     colours: Tensor | None = None
 
     def __call__(self, latents: Tensor) -> Image.Image | None:
-        """The first of the latents [B, C, h, w] as a picture; None where they are shaped otherwise (packed) or cannot be
-        decoded."""
+        """The first of the latents [B, C, h, w] as a picture; None where they are shaped otherwise (packed) or cannot
+        be decoded."""
         if latents.ndim != 4 or not torch.isfinite(latents[:1]).all():
             return None
         try:
