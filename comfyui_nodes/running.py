@@ -11,6 +11,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 
+from .memory import is_out_of_memory
 from .texts import in_node_words
 
 TOLD_EVERY = 0.25
@@ -67,7 +68,7 @@ def running(node: type, name: str) -> Iterator[Task]:
         _raise_in_node_words(error)
         raise
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _make_room(error)
         from diffusers_ldmq.errors import LDMQError
@@ -93,13 +94,6 @@ def _raise_in_node_words(error: ValueError) -> None:
 
     if isinstance(error, LDMQError) and in_node_words(str(error)) != str(error):
         raise type(error)(in_node_words(str(error))) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    kinds = (comfy.model_management.OOM_EXCEPTION, MemoryError)
-    # where torch has no such class ComfyUI puts Exception there, which would be everything
-    known = isinstance(error, tuple(kind for kind in kinds if kind is not Exception))
-    return known or "DefaultCPUAllocator" in str(error) or "out of memory" in str(error).lower()
 
 
 def _make_room(error: BaseException) -> None:

@@ -48,8 +48,7 @@ class LDMQPipelineSave(io.ComfyNode):
 
             task(0, 1)
             folder = new_file(PIPELINES, filename_prefix)
-            save(pipeline, folder)
-            task(1, 1)
+            save(pipeline, folder, task)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             text = f"Saved as {folder.name} in {folder.parent} ({size / 1e6:.1f} MB)."
             text += "" if is_quantized(pipeline) else " It is not quantized: an ordinary float pipeline."
