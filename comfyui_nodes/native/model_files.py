@@ -9,7 +9,6 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
-from diffusers_ldmq.artifacts import Plan
 from diffusers_ldmq.errors import LDMQError
 from diffusers_ldmq.manifest import OPTIONAL
 from diffusers_ldmq.progress import Progress
@@ -21,7 +20,7 @@ from .guarding import KEY
 from .layer import LDMQLayer
 from .model_format import DTYPES, PREFIX, Description, read_model
 from .operations import as_module_tensors, build_model
-from .patching import PLAN, quantized_layers_of
+from .patching import quantized_layers_of
 
 SAMPLING = ("zsnr", "beta_schedule", "linear_start", "linear_end", "timesteps", "sigma_min", "sigma_max", "sigma_data")
 """Settings of the noise schedule that weights do not tell."""
@@ -95,7 +94,6 @@ def _description(
     base = model.model
     settings = getattr(base.model_config, "sampling_settings", {})
     dtype = base.get_dtype()
-    plan = model.get_attachment(PLAN)
     return Description(
         layers=manifest,
         shapes={name: tuple(layer.geometry.shape) for name, layer in layers.items()},
@@ -103,7 +101,6 @@ def _description(
         dtype=str(dtype if dtype in DTYPES.values() else torch.float32).removeprefix("torch."),
         model_type=base.model_type.name,
         sampling={key: settings[key] for key in SAMPLING if key in settings},
-        plan=plan if isinstance(plan, Plan) else None,
     )
 
 
@@ -116,8 +113,6 @@ def load_model(path: str | os.PathLike[str], progress: Progress | None = None) -
     with as_module_tensors():
         content = read_model(path, progress)
         model = build_model(content)
-    if content.plan is not None:
-        model.set_attachments(PLAN, content.plan)
     model.cached_patcher_init = (reload_model, (os.fspath(path),))
     return model
 
