@@ -20,6 +20,7 @@ from .file_writer import Entry, entry, parts, write_tensors
 from .layer import LDMQLayer
 from .model_files import float_tensors, load_patched, stored
 from .patching import quantized_layers_of
+from .sampling_patches import LOST, is_patched
 
 STOCK = {"format": "int8_tensorwise"}
 """ComfyUI's name of int8 weights with one fp32 scale for each row; inputs get theirs while the layer runs."""
@@ -56,7 +57,8 @@ def export_model(model: Any, path: str | os.PathLike[str], progress: Progress | 
         entries.extend(_integers(name, layer, state) if reasons[name] is None else [_float(name, layer)])
         looking(done + 1, len(layers))
     write_tensors(path, entries, {"format": "pt"}, writing)
-    return _told(layers, reasons)
+    told = _told(layers, reasons)
+    return f"{told}\n{LOST.format(loader='Load Diffusion Model')}" if is_patched(model) else told
 
 
 def _reason_for_float(layer: LDMQLayer, state: LayerState) -> str | None:

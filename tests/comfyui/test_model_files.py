@@ -163,6 +163,23 @@ def test_what_the_model_predicts_is_stored(comfy: ModuleType, tmp_path: Path):
     assert torch.equal(sample_cut(loaded), sample_cut(model))
 
 
+@pytest.mark.parametrize(("sampling", "stored"), [("v_prediction", True), ("x0", False)])
+def test_a_model_sampling_patch_is_stored_or_missed_in_words(
+    sampling: str, stored: bool, comfy: ModuleType, tmp_path: Path
+):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    from comfyui_nodes.native.export import export_model
+    from comfyui_nodes.native.model_files import save_model
+
+    model = ModelSamplingDiscrete().patch(quantized_cut("w8a16", "w8a16"), sampling, True)[0]
+    told = save_model(model, tmp_path / "model.safetensors")
+    assert ("ModelSampling node behind LDM-Q Load model" in told) is not stored
+    assert "ModelSampling node behind" in export_model(model, tmp_path / "exported.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    assert torch.equal(sample_cut(loaded), sample_cut(model)) is stored
+
+
 def test_nodes_that_want_a_model_of_their_own_get_it(comfy: ModuleType, saved: Path):
     model = load(saved)
     factory, arguments = model.cached_patcher_init
