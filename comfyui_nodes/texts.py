@@ -56,9 +56,9 @@ def profile_text(profile: "Profile") -> str:
     lines = [
         f"{table.denoiser}: {len(table.layers)} Linear and Conv2d layers in {len(table.blocks)} blocks, "
         f"{fp32_bytes(table) / 1e6:.0f} MB in fp32.",
-        f"All of it in {scheme}: {_db(whole)} at the output ({closeness(whole)}).",
+        f"All of it in {scheme}: {decibels(whole)} at the output ({closeness(whole)}).",
         "Layers that suffer most (SQNR with this one alone quantized):",
-        *(f"  {_db(db):>8}  {name}" for name, db in worst_layers(profile, 8)),
+        *(f"  {decibels(db):>8}  {name}" for name, db in worst_layers(profile, 8)),
         f"Measured at {len(profile.timesteps)} of {len(profile.schedule)} timesteps.",
         "Next: LDM-Q Plan chooses a precision for every layer.",
     ]
@@ -73,7 +73,8 @@ def plan_text(plan: "Plan", profile: "Profile | None", explanation: str = "") ->
     if profile is not None:
         lines.append(_size_line(plan, profile))
     if plan.predicted_sqnr_db is not None:
-        lines.append(f"Predicted: {_db(plan.predicted_sqnr_db)} at the output ({closeness(plan.predicted_sqnr_db)}).")
+        db = plan.predicted_sqnr_db
+        lines.append(f"Predicted: {decibels(db)} at the output ({closeness(db)}).")
     lines.append(_next_after(plan))
     return "\n".join(lines)
 
@@ -98,11 +99,11 @@ def comparison_text(comparison: "Comparison") -> str:
     worst, worst_db = comparison.worst()
     curve = sorted(zip(comparison.timesteps, comparison.curve_db(), strict=True), reverse=True)
     lines = [
-        f"At the model's output, on the reference's own inputs: {_db(comparison.output_db)} over all steps "
-        f"({closeness(comparison.output_db)}), worst {_db(worst_db)} at timestep {worst:g}.",
-        f"Of the final latent: {_db(comparison.latent_db)}; small differences add up from step to step, so this is "
-        "lower.",
-        "Per timestep: " + ", ".join(f"{t:g}: {_db(db)}" for t, db in curve),
+        f"At the model's output, on the reference's own inputs: {decibels(comparison.output_db)} over all steps "
+        f"({closeness(comparison.output_db)}), worst {decibels(worst_db)} at timestep {worst:g}.",
+        f"Of the final latent: {decibels(comparison.latent_db)}; small differences add up from step to step, so this "
+        "is lower.",
+        "Per timestep: " + ", ".join(f"{t:g}: {decibels(db)}" for t, db in curve),
     ]
     return "\n".join(lines)
 
@@ -139,5 +140,6 @@ def _next_after(plan: "Plan") -> str:
     return "Next: LDM-Q Quantize; this plan needs no LDM-Q Calibrate."
 
 
-def _db(value: float) -> str:
+def decibels(value: float) -> str:
+    """A ratio for people to read; an infinite one is 'exact'."""
     return f"{value:.1f} dB" if math.isfinite(value) else "exact"

@@ -52,7 +52,7 @@ class LDMQSaveModel(io.ComfyNode):
             from ..native.model_files import save_model
 
             path = new_file(MODELS, filename_prefix, overwrite=overwrite)
-            save_model(model, path, task)
-            text = f"Saved as {path.name} in {path.parent} ({path.stat().st_size / 1e6:.1f} MB)."
+            told = save_model(model, path, task)
+            text = f"Saved as {path.name} in {path.parent} ({path.stat().st_size / 1e6:.1f} MB).\n{told}".rstrip()
         show_text(cls, text)
         return io.NodeOutput(text)

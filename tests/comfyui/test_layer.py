@@ -121,9 +121,7 @@ def test_a_patch_lands_in_the_layers_own_coordinates(kind: str, comfy: ModuleTyp
 
 
 @pytest.mark.parametrize(("scheme", "patched"), [("w8a8", "w8a8-dyn"), ("w4a8", "w8a8-dyn"), ("w8a16", "w8a16")])
-def test_a_calibrated_range_rests_while_a_patch_is_in_the_weight(
-    scheme: str, patched: str, comfy: ModuleType
-) -> None:
+def test_a_calibrated_range_rests_while_a_patch_is_in_the_weight(scheme: str, patched: str, comfy: ModuleType) -> None:
     layer, x = made("linear", scheme), input_of("linear")
     before, range_, original = layer(x), layer.state().input_scale, layer.weight
     layer.set_weight(layer.convert_weight(original) * 2)
