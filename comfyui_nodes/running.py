@@ -17,8 +17,25 @@ from .texts import in_node_words
 TOLD_EVERY = 0.25
 """Seconds between two texts on a node: the browser need not draw more."""
 MODULES = frozenset(
-    "PIL accelerate comfy_kitchen diffusers diffusers_ldmq huggingface_hub jinja2 matplotlib numpy rich safetensors "
-    "scipy torch torchmetrics transformers typer yaml".split()
+    {
+        "PIL",
+        "accelerate",
+        "comfy_kitchen",
+        "diffusers",
+        "diffusers_ldmq",
+        "huggingface_hub",
+        "jinja2",
+        "matplotlib",
+        "numpy",
+        "rich",
+        "safetensors",
+        "scipy",
+        "torch",
+        "torchmetrics",
+        "transformers",
+        "typer",
+        "yaml",
+    }
 )
 """What must be installed, by the names that are imported."""
 TRANSFORMERS = 5
@@ -38,7 +55,7 @@ class Task:
 
     def __call__(self, done: int, total: int) -> None:
         """`done` of `total` parts of the stage are finished. Raises ComfyUI's interrupt if the user asked for it."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.check()
         if self._bar is None:
             self._bar = comfy.utils.ProgressBar(total)
         self._bar.update_absolute(done, total)
@@ -46,6 +63,10 @@ class Task:
         if now - self._told >= TOLD_EVERY:
             self._told = now
             show_text(self.node, f"{self.name}: {100 * done // max(total, 1)} %")
+
+    def check(self) -> None:
+        """Raises ComfyUI's interrupt if the user asked for it: between parts that are not counted."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
     def stage(self, name: str, done: int, total: int) -> None:
         """The same for a job of several stages."""

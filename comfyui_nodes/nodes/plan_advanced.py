@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from ..files import NO_FILE, PLANS, existing, fingerprint, listed, name_problem, new_file
+from ..files import NO_FILE, PLANS, existing, fingerprint, listed, name_answer, new_file
 from ..running import running, show_text
 from ..sockets import PLAN, PROFILE, accepted, schema, text_output
 
@@ -85,7 +85,7 @@ class LDMQPlanAdvanced(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, save_as: str | None = None) -> bool | str:
         """Refuse a name that leaves the folder before anything runs."""
-        return True if not save_as else name_problem(save_as) or True
+        return name_answer(save_as or None)
 
     @classmethod
     def fingerprint_inputs(cls, load_plan: str = NO_FILE, **others: Any) -> str:
@@ -104,7 +104,8 @@ class LDMQPlanAdvanced(io.ComfyNode):
         profile: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         """Run the node."""
-        with running(cls, "Planning"):
+        with running(cls, "Planning") as task:
+            task.check()
             from ..charts import plan_chart
             from ..payloads import from_plan, to_profile
             from ..texts import plan_text
@@ -114,6 +115,7 @@ class LDMQPlanAdvanced(io.ComfyNode):
                 plan = _made(measured, target, planner, scheme, keep_float)
             else:
                 plan = _loaded(load_plan, measured)
+            task.check()
             text = plan_text(plan, measured)
             if save_as:
                 path = new_file(PLANS, save_as)

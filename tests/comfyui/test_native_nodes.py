@@ -129,6 +129,40 @@ def test_stopping_at_any_node_ends_it_and_the_next_run_works(profile: dict[str, 
         assert torch.equal(sample(model), before)
 
 
+def test_stopping_what_plans_and_handles_files_ends_it_and_leaves_no_file(
+    folders: Path, profile: dict[str, Any]
+) -> None:
+    from comfyui.cut_models import quantized_cut, sample_cut
+
+    management = sys.modules["comfy.model_management"]
+    quantized = quantized_cut("w8a8-dyn", "w8a16")
+    before = sample_cut(quantized)
+    run("ldmq_save_model", model=quantized, filename_prefix="cut")
+    nodes = {
+        "ldmq_plan": (2, {"profile": profile, "preset": "Balanced"}),
+        "ldmq_plan_advanced": (2, {"profile": profile, "save_as": "x"}),
+        "ldmq_save_model": (3, {"model": quantized}),
+        "ldmq_export": (3, {"model": quantized}),
+        "ldmq_load_model": (3, {"model_file": "cut_00001_.safetensors"}),
+    }
+    kept = _files(folders)
+    for node, (count, inputs) in nodes.items():
+        with pytest.MonkeyPatch.context() as patched:
+            calls = _stop_after(count, management, patched)
+            with pytest.raises(management.InterruptProcessingException):
+                run(node, **inputs)
+            assert calls[0] == count, node
+        management.interrupt_current_processing(False)
+        assert _files(folders) == kept, node
+    assert torch.equal(sample_cut(quantized), before)
+    loaded, _ = run("ldmq_load_model", model_file="cut_00001_.safetensors")
+    assert sqnr(before, sample_cut(loaded)) > 60
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def _stop_after(count: int, management: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The user presses Stop at the count-th time that anything asks."""
     calls, ask = [0], management.throw_exception_if_processing_interrupted
