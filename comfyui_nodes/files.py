@@ -14,7 +14,7 @@ SUFFIXES = {PLANS: ".json", MODELS: ".safetensors", PIPELINES: "", STOCK_MODELS:
 NO_FILE = "(none)"
 """First entry of combos that list files: none of them."""
 LONGEST = 200
-"""Bytes of a name in UTF-8: what is added to it (a number, the suffix, the mark of an unfinished file) fits into 255."""
+"""Bytes of a name in UTF-8: with what is added (a number, the suffix, an unfinished file's mark) it fits into 255."""
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]')
 
 

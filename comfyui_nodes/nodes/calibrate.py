@@ -5,9 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..running import running, show_text
-from ..sockets import CALIBRATION, PLAN, sampling_inputs, schema, text_output
-
-SELECTIONS = ("first-step", "uniform")
+from ..sockets import CALIBRATION, PLAN, SELECTIONS, sampling_inputs, schema, text_output
 
 
 class LDMQCalibrate(io.ComfyNode):
@@ -22,7 +20,10 @@ class LDMQCalibrate(io.ComfyNode):
             description="Measure the range of every layer's input that the plan quantizes, in a single sampling step.",
             search_aliases=["int8", "quantize", "activation ranges", "single step calibration"],
             inputs=[
-                io.Model.Input("model", tooltip="The float MODEL that the plan was made for."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The float MODEL that the plan was made for, with its LoRAs if you always use them.",
+                ),
                 PLAN.Input("plan", tooltip="From LDM-Q Plan."),
                 io.Conditioning.Input("positive", tooltip="A prompt that is typical of what you make."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt that you use with it."),
@@ -34,7 +35,8 @@ class LDMQCalibrate(io.ComfyNode):
                     options=list(SELECTIONS),
                     default="first-step",
                     tooltip="first-step: one sampling step, where ranges are widest (the paper's way). uniform: every "
-                    "step of the schedule, which takes as long as sampling.",
+                    "step of the schedule, which takes as long as sampling; choose it if all layers are w8a8 and LDM-Q "
+                    "Compare shows too much.",
                 ),
                 *sampling_inputs(
                     "first_seed", "Seed of the first sample; the others count up. There is no need to vary it."

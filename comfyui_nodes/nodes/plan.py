@@ -48,8 +48,8 @@ class LDMQPlan(io.ComfyNode):
             from ..texts import plan_text
 
             measured = to_profile(profile)
-            plan = preset_plan(measured, preset)
+            plan, words = preset_plan(measured, preset)
             task.check()
-            chart, text = plan_chart(plan, measured), plan_text(plan, measured, PRESETS[preset].explanation)
+            chart, text = plan_chart(plan, measured), plan_text(plan, measured, words)
         show_text(cls, text)
         return io.NodeOutput(from_plan(plan), chart, text, ui=ui.PreviewImage(chart, cls=cls))

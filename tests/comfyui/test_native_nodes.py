@@ -73,6 +73,7 @@ def test_every_native_node_does_its_part(folders: Path, profile: dict[str, Any],
     model = tiny_model()
     before = sample(model)
     assert "119 Linear and Conv2d layers" in known["text"]
+    assert f"in {profile['profile']['settings']['cost_in_calls']} calls of the model" in known["text"]
     assert known["chart"].shape[0] == 1
     plan, _, told = run("ldmq_plan", profile=profile, preset="Balanced")
     assert "Predicted:" in told
