@@ -5,10 +5,11 @@ from typing import Any
 import comfy.model_management
 from comfy_api.latest import io
 
+from ..payloads import SELECTIONS
 from ..pipeline_folders import BUNDLED, choices, model_of, stamp
 from ..presets import DEFAULT, PRESETS
 from ..running import running, show_text
-from ..sockets import PIPELINE, PLAN, SELECTIONS, accepted, schema, text_output
+from ..sockets import PIPELINE, PLAN, accepted, schema, text_output
 
 AS_IT_IS = "no, as it is"
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -91,6 +91,14 @@ def test_every_native_node_does_its_part(folders: Path, profile: dict[str, Any],
     assert sqnr(before, sample(quantized)) > 15
 
 
+def test_calibrating_as_planned_looks_at_the_plan_s_steps(profile: dict[str, Any]) -> None:
+    inputs = {"profile": profile, "planner": "uniform", "calibration": "uniform"}
+    plan, *_ = run("ldmq_plan_advanced", **inputs)
+    for given, expected in (({}, "uniform"), ({"selection": "first-step"}, "first-step")):
+        ranges, _ = run("ldmq_calibrate", model=tiny_model(), plan=plan, **scene(**given))
+        assert ranges["selection"] == expected
+
+
 def test_without_a_calibration_the_node_says_what_runs_instead(profile: dict[str, Any]) -> None:
     model = tiny_model()
     plan, _, told = run("ldmq_plan_advanced", profile=profile, planner="uniform", scheme="w8a8")

@@ -187,6 +187,29 @@ def test_bad_wishes_are_told_in_the_words_of_nodes(
     assert "`ldmq" not in str(caught.value)
 
 
+def test_group_wise_weights_are_planned_alike_or_the_node_says_so(newest: StandIn, payload: Any) -> None:
+    from comfyui_nodes.payloads import to_plan
+
+    plan = to_plan(advanced(payload, planner="uniform", scheme="w4a16-g64").args[0])
+    assert set(plan.counts()) == {"w4a16-g64"}
+    with pytest.raises(PlanError, match=r"does not measure w4a16-g64.*planner uniform"):
+        advanced(payload, planner="budget", scheme="w4a16-g64")
+
+
+def test_a_plan_carries_how_to_calibrate(newest: StandIn, profile: Profile, payload: Any) -> None:
+    from comfyui_nodes.payloads import selection_of, to_plan, with_selection
+    from comfyui_nodes.presets import preset_plan
+
+    advanced(payload, calibration="uniform", save_as="mine")
+    told = advanced(load_plan="mine_00001_.json").args[0]
+    assert selection_of(to_plan(json.loads(json.dumps(told)))) == "uniform"
+    plan, _ = preset_plan(profile, "Balanced")
+    assert selection_of(plan) == "first-step"
+    for wrong in ("last-step", "", "Uniform"):
+        with pytest.raises(PlanError, match="LDM-Q Calibrate's selection"):
+            selection_of(with_selection(plan, wrong))
+
+
 def test_a_plan_is_saved_loaded_and_checked_against_the_profile(
     newest: StandIn, payload: Any, toy: Any, toy_profile: Callable[[Any], Profile]
 ) -> None:
