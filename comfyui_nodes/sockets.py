@@ -18,6 +18,8 @@ PIPELINE = io.Custom("LDMQ_PIPELINE")
 YOUNGER = frozenset({"advanced", "search_aliases", "is_dev_only", "has_intermediate_output"})
 """Keywords that came after the first V3 API. Leaving them out costs comfort, never function."""
 LARGEST_SEED = 2**64 - 1
+AS_PLANNED = "as planned"
+"""Choice of LDM-Q Calibrate: the sampling steps that the plan names, else the first ones."""
 
 
 def accepted(make: Callable[..., T], *args: Any, **keywords: Any) -> T:

@@ -59,7 +59,7 @@ def profile_text(profile: "Profile") -> str:
         f"All of it in {scheme}: {decibels(whole)} at the output ({closeness(whole)}).",
         "Layers that suffer most (SQNR with this one alone quantized):",
         *(f"  {decibels(db):>8}  {name}" for name, db in worst_layers(profile, 8)),
-        f"Measured at {len(profile.timesteps)} of {len(profile.schedule)} timesteps.",
+        f"Measured at {len(profile.timesteps)} of {len(profile.schedule)} timesteps{_cost(profile)}.",
         "Next: LDM-Q Plan chooses a precision for every layer.",
     ]
     return "\n".join(lines)
@@ -115,6 +115,12 @@ def closeness(db: float) -> str:
     """
     steps = ((40, "cannot be told from the original"), (33, "small details may differ"), (24, "details differ"))
     return next((words for least, words in steps if db >= least), "the picture itself may change")
+
+
+def _cost(profile: "Profile") -> str:
+    """What measuring took, where the profile tells."""
+    calls = profile.settings.get("cost_in_calls")
+    return "" if calls is None else f", in {calls} calls of the model (as {calls / 20:.0f} pictures of 20 steps)"
 
 
 def _size_line(plan: "Plan", profile: "Profile") -> str:

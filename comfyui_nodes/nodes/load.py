@@ -1,12 +1,11 @@
 """LDM-Q Load model: a quantized MODEL from models/ldmq_models, or out of a quantized diffusers pipeline."""
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..files import MODELS, NO_FILE, existing, fingerprint, folder_fingerprint, listed
-from ..running import running, show_text
+from ..files import MODELS, NO_FILE, existing, fingerprint, folder_fingerprint, listed, source
+from ..running import Task, running, show_text
 from ..sockets import schema, text_output
 
 
@@ -50,18 +49,19 @@ class LDMQLoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_file: str, folder_or_hub_id: str) -> io.NodeOutput:
         """Run the node."""
-        with running(cls, "Loading"):
+        with running(cls, "Loading") as task:
+            task.check()
             from ..native.patching import quantized_layers_of
             from ..texts import model_text
 
-            model = _loaded(model_file, folder_or_hub_id.strip())
+            model = _loaded(model_file, source(folder_or_hub_id), task)
             schemes = [layer.scheme.name for layer in quantized_layers_of(model).values()]
             text = model_text({name: schemes.count(name) for name in schemes}, model.model_size())
         show_text(cls, text)
         return io.NodeOutput(model, text)
 
 
-def _loaded(model_file: str, folder_or_hub_id: str) -> Any:
+def _loaded(model_file: str, folder_or_hub_id: str, progress: Task) -> Any:
     from diffusers_ldmq.errors import CheckpointError
 
     from ..native.denoiser_folders import load_denoiser
@@ -74,5 +74,5 @@ def _loaded(model_file: str, folder_or_hub_id: str) -> Any:
             "the folder or hub id of a quantized pipeline"
         )
     if model_file != NO_FILE:
-        return load_model(existing(MODELS, model_file))
-    return load_denoiser(str(Path(folder_or_hub_id).expanduser()) if folder_or_hub_id[0] in "~" else folder_or_hub_id)
+        return load_model(existing(MODELS, model_file), progress)
+    return load_denoiser(folder_or_hub_id, progress)

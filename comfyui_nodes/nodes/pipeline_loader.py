@@ -5,13 +5,13 @@ from typing import Any
 import comfy.model_management
 from comfy_api.latest import io
 
+from ..payloads import SELECTIONS
 from ..pipeline_folders import BUNDLED, choices, model_of, stamp
 from ..presets import DEFAULT, PRESETS
 from ..running import running, show_text
 from ..sockets import PIPELINE, PLAN, accepted, schema, steps_input, text_output
 
 AS_IT_IS = "no, as it is"
-SELECTIONS = ("first-step", "uniform")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -81,7 +81,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                 PLAN.Input(
                     "plan",
                     optional=True,
-                    tooltip="A plan that was made for this very pipeline, from LDM-Q Plan (advanced), which opens "
+                    tooltip="A plan that was made for this very pipeline, from LDM-Q Plan (Advanced), which opens "
                     "files; it goes before the preset. Plans of a MODEL do not fit.",
                 ),
             ],
