@@ -13,7 +13,7 @@ from comfyui_nodes.previews import previewer_of
 
 def deep_compression() -> AutoencoderDC:
     """A tiny autoencoder of the kind that Sana has: its encode gives `latent`."""
-    return AutoencoderDC(
+    config: dict[str, Any] = dict(
         latent_channels=4,
         attention_head_dim=2,
         encoder_block_types=("ResBlock", "EfficientViTBlock"),
@@ -30,15 +30,17 @@ def deep_compression() -> AutoencoderDC:
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     )
+    return AutoencoderDC(**config)
 
 
 def kl() -> AutoencoderKL:
-    return AutoencoderKL(
+    config: dict[str, Any] = dict(
         block_out_channels=(32, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
     )
+    return AutoencoderKL(**config)
 
 
 @pytest.mark.parametrize("make", [deep_compression, kl])
