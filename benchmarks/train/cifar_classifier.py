@@ -37,7 +37,8 @@ class ClassifierTask:
     def __init__(self, model: Path, data: CaptionedImages, settings: Settings) -> None:
         self.data, self.labels, self.count = data, labels_of(data), len(data.captions)
         self.device = chosen_device(settings.device)
-        self.trained: Any = self._start(model, settings).to(self.device, memory_format=torch.channels_last).train()
+        network: Any = self._start(model, settings).train()
+        self.trained: Any = network.to(self.device, memory_format=torch.channels_last)
         self.autocast = fast_autocast(self.device)
 
     def _start(self, model: Path, settings: Settings) -> CifarClassifier:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from captioned_images import CaptionedImages
 from cifar_diffusion import new_scheduler, renew_folder, velocity_loss
-from cifar_training import PIXELS
+from cifar_training import PIXELS, with_plain_attention
 from class_images import class_names, labels_of
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from pipeline_parts import Workspace
@@ -41,7 +41,8 @@ class LatentWorkspace(Workspace):
         if any(self.find(part) is None for part in self.kinds):
             return None
         components: dict[str, Any] = {part: self.load(part).half() for part in self.kinds}
-        pipeline: Any = DiTPipeline(scheduler=new_scheduler(clip_sample=False), **components)
+        components["scheduler"] = new_scheduler(clip_sample=False)
+        pipeline: Any = DiTPipeline(**components)
         pipeline.register_to_config(id2label={str(number): name for number, name in enumerate(self.classes)})
         renew_folder(self.model, pipeline.save_pretrained)
         return self.model
@@ -75,7 +76,7 @@ class DenoiserOfClasses:
         found = workspace.find("transformer")
         # Not in training mode, where each block of diffusers' DiT would withhold the class by a dice of its own.
         transformer = (workspace.load("transformer") if found else new_transformer(settings.width)).eval()
-        self.trained: Any = transformer.to(self.device)
+        self.trained: Any = with_plain_attention(transformer).to(self.device)
         self.autocast = fast_autocast(self.device)
 
     def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
