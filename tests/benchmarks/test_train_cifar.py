@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+CLASSIFIER = Path(__file__).parents[2] / "benchmarks" / "models" / "cifar-classifier"
 TINY = ("width=16", "batch=2", "warmup=2", "checkpoint_every=2", "device=cpu")
 CLASSES = ("cat", "dog")
 STEPS = 5  # the fifth begins the second epoch of eight pictures
@@ -228,3 +229,13 @@ def test_moved_pictures_stay_pictures(training_script: Script) -> None:
     steps = (moved[..., centre, 1:] - moved[..., centre, :-1])[..., centre]
     assert set(steps.unique().tolist()) == {-1.0, 1.0}
     assert len({row.numpy().tobytes() for row in moved}) > 20
+
+
+def test_the_committed_classifier_has_features(training_script: Script) -> None:
+    network = training_script("cifar_network").load_classifier(CLASSIFIER)
+    config = json.loads((CLASSIFIER / "config.json").read_text())
+    pooled, spatial = network.features(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    assert config["test_accuracy"] >= 0.88
+    assert (pooled.shape, spatial.shape) == ((4, 256), (4, 192, 7, 7))
+    assert pooled.isfinite().all()
+    assert (pooled.std(0) > 0).float().mean() > 0.9  # features that answer to the picture
