@@ -45,7 +45,7 @@ def test_a_plan_for_another_model(stock_server: Server, prompt: dict[str, Any], 
     layers = {f"encoder.{number}.to_q": LayerChoice("w8a16", "by hand") for number in range(5)}
     Plan("UNetModel", "0123456789abcdef", "uniform", layers).save(folder / FOREIGN_PLAN)
     inputs = {"target": "", "planner": "budget", "scheme": "w8a8", "keep_float": "default"}
-    inputs |= {"load_plan": FOREIGN_PLAN, "save_as": ""}
+    inputs |= {"calibration": "first-step", "load_plan": FOREIGN_PLAN, "save_as": ""}
     prompt = without(prompt, "ldmq_calibrate", "PreviewAny", "ldmq_profile")
     prompt[node_of(prompt, "ldmq_plan")] = {"class_type": "ldmq_plan_advanced", "inputs": inputs}
     del prompt[node_of(prompt, "ldmq_quantize")]["inputs"]["calibration"]
