@@ -38,10 +38,14 @@ def in_node_words(message: str) -> str:
 
 
 def worst_layers(profile: "Profile", count: int) -> list[tuple[str, float]]:
-    """(layer, SQNR in dB at the output with this layer alone in the profiled scheme), the worst first."""
+    """(layer, SQNR in dB at the output with this layer alone quantized as in the block curve), the worst first: in the
+    profiled scheme, with dynamic ranges where plans would take those. Layers that stay float are left out."""
+    from diffusers_ldmq.planners import low_precision
     from diffusers_ldmq.plots import own_effect_db
 
-    found = [(noise.name, own_effect_db(profile, noise, profile.curve.scheme)) for noise in profile.layers]
+    kept, scheme = {layer.name for layer in profile.table.layers if layer.keep_float}, profile.curve.scheme
+    measured = [noise for noise in profile.layers if noise.name not in kept]
+    found = [(noise.name, own_effect_db(profile, noise, low_precision(noise, scheme).scheme)) for noise in measured]
     known = [(name, db) for name, db in found if db is not None and math.isfinite(db)]
     return sorted(known, key=lambda pair: pair[1])[:count]
 
@@ -52,12 +56,14 @@ def profile_text(profile: "Profile") -> str:
     from diffusers_ldmq.planners import fp32_bytes
 
     table, scheme = profile.table, profile.curve.scheme
+    kept = sum(layer.keep_float for layer in table.layers)
     whole = sqnr_db(1.0, profile.curve.nsr()[-1])
     lines = [
         f"{table.denoiser}: {len(table.layers)} Linear and Conv2d layers in {len(table.blocks)} blocks, "
         f"{fp32_bytes(table) / 1e6:.0f} MB in fp32.",
-        f"All of it in {scheme}: {decibels(whole)} at the output ({closeness(whole)}).",
-        "Layers that suffer most (SQNR with this one alone quantized):",
+        f"In {scheme}, with dynamic ranges where calibrated ones would not last and {kept} layers left in floating point: "
+        f"{decibels(whole)} at the output ({closeness(whole)}).",
+        "Layers that suffer most (SQNR with this one alone quantized so):",
         *(f"  {decibels(db):>8}  {name}" for name, db in worst_layers(profile, 8)),
         f"Measured at {len(profile.timesteps)} of {len(profile.schedule)} timesteps{_cost(profile)}.",
         "Next: LDM-Q Plan chooses a precision for every layer.",

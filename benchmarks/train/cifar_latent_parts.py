@@ -95,7 +95,7 @@ class DenoiserOfClasses:
 
 
 def new_transformer(width: int) -> Any:
-    """A DiT of six blocks over 8x8 tokens, three times `width` wide: 5.6 M parameters at width 64."""
+    """A DiT of six blocks over 8x8 tokens, three times `width` wide: 5.75 M parameters at width 64."""
     transformer = DiTTransformer2DModel(
         num_attention_heads=6,
         attention_head_dim=width // 2,

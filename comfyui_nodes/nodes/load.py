@@ -18,8 +18,8 @@ class LDMQLoadModel(io.ComfyNode):
         return schema(
             "ldmq_load_model",
             display_name="LDM-Q Load model",
-            description="Load a quantized MODEL for KSampler, LoRA and ControlNet. It takes no more memory than its "
-            "file. Load the text encoder and the VAE with the usual nodes.",
+            description="Load a quantized MODEL for KSampler, LoRA and ControlNet. No float copy of it is ever "
+            "in memory. Load the text encoder and the VAE with the usual nodes.",
             search_aliases=["int8", "load checkpoint", "quantized model", "UNETLoader", "hugging face"],
             inputs=[
                 io.Combo.Input(
@@ -68,10 +68,10 @@ def _loaded(model_file: str, folder_or_hub_id: str, progress: Task) -> Any:
     from ..native.model_files import load_model
 
     if (model_file == NO_FILE) == (not folder_or_hub_id):
-        found = "neither" if model_file == NO_FILE else "both"
+        found = "neither is" if model_file == NO_FILE else "both are"
         raise CheckpointError(
-            f"{found} of model_file and folder_or_hub_id is given; choose a file that LDM-Q Save model wrote, or name "
-            "the folder or hub id of a quantized pipeline"
+            f"of model_file and folder_or_hub_id {found} given; choose a file that LDM-Q Save model wrote, or name the "
+            "folder or hub id of a quantized pipeline, and leave the other empty"
         )
     if model_file != NO_FILE:
         return load_model(existing(MODELS, model_file), progress)

@@ -57,7 +57,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                     default="",
                     advanced=True,
                     tooltip="What the quantized pipeline must reach, instead of the preset's own rule: sqnr>=30dB, "
-                    "size<=0.3x, int8>=80%, or several with commas between. It is measured at the end.",
+                    "size<=0.3x, size<=900MB, int8>=80%, or several with commas between. It is measured at the end.",
                 ),
                 accepted(
                     io.Combo.Input,

@@ -19,8 +19,8 @@ class LDMQPipelineSave(io.ComfyNode):
             "ldmq_pipeline_save",
             display_name="LDM-Q Pipeline save",
             description="Save a pipeline as an ordinary diffusers folder in models/ldmq_pipelines, where LDM-Q "
-            "Pipeline loader lists it. It opens in Python and can be pushed to the hub; its denoiser "
-            "opens in LDM-Q Load model.",
+            "Pipeline loader lists it. It opens in Python and can be pushed to the hub; the U-Net "
+            "of an SD 1.5, SD 2 or SDXL pipeline also opens in LDM-Q Load model.",
             search_aliases=["diffusers", "save pretrained", "export pipeline", "hugging face"],
             inputs=[
                 PIPELINE.Input("pipeline", tooltip="From LDM-Q Pipeline loader; usually a quantized one."),

@@ -16,10 +16,10 @@ from comfyui.contract.standin import StandIn
 
 PROGRAM = Path(__file__).with_name("as_comfyui.py")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-COMFYUI_BRINGS = {"torch", "transformers", "numpy"}
+COMFYUI_BRINGS = {"torch", "numpy"}
 """Installing these again could change what ComfyUI runs on."""
 UNBOUNDED = {"huggingface_hub"}
-"""Requirements without a version: ComfyUI's transformers says which one it bears, and may be older than ours."""
+"""Requirements without a version of ours: transformers and diffusers say which one they bear."""
 
 
 def loaded(folder: Path, how: str = "") -> dict[str, Any]:
@@ -91,6 +91,8 @@ def test_requirements_are_the_package_s_without_what_comfyui_brings() -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     # ComfyUI-Manager installs line by line: no options, no links, no comments
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+(>=[0-9.]+)?", line) for line in lines)
+    # diffusers brings a hub library that transformers 4 does not start with, so a newer one has to be there first
+    assert lines[0] == "transformers>=5"
     named = {re.split(">", line)[0]: line for line in lines}
     needed = {re.split(">", line)[0]: line for line in PROJECT["project"]["dependencies"]}
     assert set(named) == set(needed) - COMFYUI_BRINGS | {"comfy-kitchen"}

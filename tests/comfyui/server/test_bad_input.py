@@ -1,4 +1,4 @@
-"""What a user of the MODEL route gets wrong: one clear message on the node, a server that lives, a next run that works."""
+"""What users of the MODEL route get wrong: one clear message on the node, a server that lives, a next run that works."""
 
 from pathlib import Path
 from typing import Any

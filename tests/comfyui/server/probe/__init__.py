@@ -1,4 +1,4 @@
-"""A custom node pack for tests only: tells which modules the server has imported, and makes what goes wrong go wrong."""
+"""A custom node pack for tests only: tells which modules the server imported, and makes what can go wrong go wrong."""
 
 import sys
 from typing import Any
