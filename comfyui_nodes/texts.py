@@ -61,7 +61,7 @@ def profile_text(profile: "Profile") -> str:
     lines = [
         f"{table.denoiser}: {len(table.layers)} Linear and Conv2d layers in {len(table.blocks)} blocks, "
         f"{fp32_bytes(table) / 1e6:.0f} MB in fp32.",
-        f"In {scheme}, with dynamic ranges where calibrated ones would not last and {kept} layers left in floating point: "
+        f"In {scheme}, with dynamic ranges where calibrated ones would not last and {kept} layers left float: "
         f"{decibels(whole)} at the output ({closeness(whole)}).",
         "Layers that suffer most (SQNR with this one alone quantized so):",
         *(f"  {decibels(db):>8}  {name}" for name, db in worst_layers(profile, 8)),

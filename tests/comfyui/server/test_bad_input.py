@@ -1,4 +1,4 @@
-"""What users of the MODEL route get wrong: one clear message on the node, a server that lives, a next run that works."""
+"""Mistakes in the MODEL route: one clear message on the node, a server that lives, and a next run that works."""
 
 from pathlib import Path
 from typing import Any
