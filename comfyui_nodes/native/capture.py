@@ -208,9 +208,17 @@ def sample(
         )
 
 
+ADVICE = {
+    "sampled": "use the conditioning of the CLIP, and the latent size, that KSampler works with on this MODEL",
+    "measured": "gradients do not pass something it computes with: connect the MODEL as its loader gives it, without "
+    "nodes that patch it, or update ComfyUI",
+}
+
+
 @contextmanager
 def explained(doing: str) -> Iterator[None]:
-    """What goes wrong deep inside a model as one LDMQError; out of memory, interrupts and LDMQErrors as they are."""
+    """What goes wrong deep inside a model as one LDMQError; out of memory, interrupts and LDMQErrors as they are.
+    doing: a key of ADVICE."""
     try:
         yield
     except LDMQError:
@@ -220,8 +228,7 @@ def explained(doing: str) -> Iterator[None]:
             raise
         told = " ".join(str(cause).split())[:300]
         raise RecordingError(
-            f"the MODEL cannot be {doing} with these inputs ({type(cause).__name__}: {told}); use the conditioning of "
-            f"the CLIP, and the latent size, that KSampler works with on this MODEL"
+            f"the MODEL cannot be {doing} like this ({type(cause).__name__}: {told}); {ADVICE[doing]}"
         ) from cause
 
 

@@ -104,7 +104,7 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
         return f"{list(self._geometry.shape)}, scheme={self.scheme.name}"
 
     def _hold(self, hidden: QuantizedLayer) -> None:
-        vars(self)["_hidden"] = hidden  # not through __setattr__, which would make it a child
+        self.__dict__["_hidden"] = hidden  # not through __setattr__, which would make it a child
         self._show()
 
     def _show(self) -> None:
@@ -160,9 +160,9 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
             expected = list(self._geometry.shape)
             raise LDMQError(f"a weight of shape {list(weight.shape)} was given to a layer of shape {expected}")
         scheme = self._own_scheme if bits_of(weight) == self._own_bits else patched_scheme(self._own_scheme)
-        held = replace(self._hidden._unrestored_state(), **vars(self).pop("_unused_range", {}))
+        held = replace(self._hidden._unrestored_state(), **self.__dict__.pop("_unused_range", {}))
         if held.input_scale is not None and not scheme.is_static:
-            vars(self)["_unused_range"] = {name: getattr(held, name) for name in ("input_scale", "input_zero_point")}
+            self.__dict__["_unused_range"] = {name: getattr(held, name) for name in ("input_scale", "input_zero_point")}
             held = replace(held, input_scale=None, input_zero_point=None)
         device = weight._qdata.device
         self._adopt(replace(held, scheme=scheme, weight=weight._qdata, weight_scale=weight._params.scale).to(device))
@@ -189,7 +189,7 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
         if (bias := self._parameters["bias"]) is not None:
             destination[prefix + "bias"] = bias if keep_vars else bias.detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Takes what `state_dict` gives, or float tensors, which it quantizes."""
         for name in ("weight", "bias"):
             if (value := state_dict.get(prefix + name)) is not None:

@@ -22,7 +22,7 @@ EXTRAS = ("pre_quant_scale", "low_rank_a", "low_rank_b")
 
 
 @dataclass(frozen=True)
-class Params(BaseLayoutParams):
+class LDMQParams(BaseLayoutParams):
     """scale: fp32 [N] or [N, groups]; orig_dtype, orig_shape: of the float weight; group_size: inputs that share a
     scale, 0 = all of a row; the rest as in LayerState."""
 
@@ -39,7 +39,7 @@ class Params(BaseLayoutParams):
 class LDMQLayout(QuantizedLayout):
     """What the two layouts share. `bits` is theirs."""
 
-    Params = Params
+    Params = LDMQParams
     bits: int
 
     @classmethod
@@ -48,14 +48,14 @@ class LDMQLayout(QuantizedLayout):
         return parse_scheme(f"w{cls.bits}a16" + (f"-g{group_size}" if group_size else ""))
 
     @classmethod
-    def quantize(cls, tensor: Tensor, scale: Any = None, **options: Any) -> tuple[Tensor, Params]:
+    def quantize(cls, tensor: Tensor, scale: Any = None, **options: Any) -> tuple[Tensor, LDMQParams]:
         """(codes, parameters) of a float weight [N, K] or [N, C/groups, kh, kw].
 
-        scale: fp32 as in Params; anything else = found from the weight. options: fields of Params; ComfyUI's own
-        (stochastic_rounding, inplace_ops) are ignored, for our rounding is to nearest. Raises CalibrationError for NaN.
+        scale: fp32 as in LDMQParams; anything else = found from the weight. options: fields of LDMQParams; ComfyUI's
+        own (stochastic_rounding, inplace_ops) are ignored, for rounding is to nearest. Raises CalibrationError for NaN.
         """
         known = {name: value for name, value in options.items() if name in ("group_size", "rotation", *EXTRAS)}
-        params = Params(torch.empty(0), tensor.dtype, tuple(tensor.shape), **known)
+        params = LDMQParams(torch.empty(0), tensor.dtype, tuple(tensor.shape), **known)
         spec = cls.scheme(params.group_size).weight
         assert spec is not None
         weight = weight_to_quantize(tensor, cls._state(torch.empty(0), params))
@@ -68,7 +68,7 @@ class LDMQLayout(QuantizedLayout):
         return codes, replace(params, scale=found)
 
     @classmethod
-    def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
+    def dequantize(cls, qdata: Tensor, params: LDMQParams) -> Tensor:
         """The weight in the layer's own coordinates: params.orig_dtype, params.orig_shape."""
         return dequantize_weight(cls._state(qdata, params), torch.Size(params.orig_shape)).to(params.orig_dtype)
 
@@ -78,7 +78,7 @@ class LDMQLayout(QuantizedLayout):
         return qtensor._qdata, qtensor._params.scale
 
     @classmethod
-    def state_dict_tensors(cls, qdata: Tensor, params: Params) -> dict[str, Tensor]:
+    def state_dict_tensors(cls, qdata: Tensor, params: LDMQParams) -> dict[str, Tensor]:
         """Every tensor, by what its name adds to the weight's."""
         extras = {f"_{name}": getattr(params, name) for name in EXTRAS if getattr(params, name) is not None}
         return {"": qdata, "_scale": params.scale, **extras}
@@ -89,7 +89,7 @@ class LDMQLayout(QuantizedLayout):
         return {name: getattr(qtensor._params, name) for name in ("group_size", "rotation", *EXTRAS)}
 
     @classmethod
-    def _state(cls, qdata: Tensor, params: Params) -> LayerState:
+    def _state(cls, qdata: Tensor, params: LDMQParams) -> LayerState:
         extras = {name: getattr(params, name) for name in EXTRAS}
         return LayerState(cls.scheme(params.group_size), qdata, params.scale, rotation=params.rotation, **extras)
 
@@ -117,7 +117,7 @@ def wrap(state: LayerState, shape: tuple[int, ...], dtype: torch.dtype, qdata: T
     assert state.scheme.weight is not None
     extras = {name: getattr(state, name) for name in EXTRAS}
     group = state.scheme.weight.group_size
-    params = Params(state.weight_scale, dtype, tuple(shape), group_size=group, rotation=state.rotation, **extras)
+    params = LDMQParams(state.weight_scale, dtype, tuple(shape), group_size=group, rotation=state.rotation, **extras)
     return QuantizedTensor(state.weight if qdata is None else qdata, LAYOUTS[state.scheme.weight.bits].__name__, params)
 
 

@@ -41,8 +41,9 @@ class LDMQPipelineLoader(io.ComfyNode):
                     options=[*PRESETS, AS_IT_IS],
                     default=DEFAULT,
                     tooltip="Safe: 8-bit weights, all arithmetic in floating point. Balanced: most arithmetic in 8-bit "
-                    "integers too, the fastest. Smallest: 4-bit weights where they do least harm. no, as it is: a float "
-                    "pipeline stays float. Pipelines that are quantized already load as they are, whatever is chosen.",
+                    "integers too, the fastest. Smallest: 4-bit weights where they do least harm. no, as it is: a "
+                    "float pipeline stays float. Pipelines that are quantized already load as they are, whatever is "
+                    "chosen.",
                 ),
                 io.String.Input(
                     "hub_id_or_folder",

@@ -104,6 +104,8 @@ def test_gradients_are_those_of_central_differences_with_checkpointing_too(kind:
     from comfyui_nodes.native.float_copy import checkpointed, differentiable, recast
     from diffusers_ldmq.calls import forward
 
+    if kind == "flux" and not hasattr(comfy.model_management, "in_training"):
+        pytest.skip("this ComfyUI's rotary embedding has no gradient, so those of Flux were not tested")
     copy, recording = recorded(tiny_model(kind), kind)
     generator = torch.Generator().manual_seed(0)
     found = []

@@ -104,18 +104,19 @@ def test_a_controlnet_steers_it_as_it_steers_the_float_model(comfy: ModuleType) 
 
 
 def test_torch_compile_gives_the_same_picture(comfy: ModuleType) -> None:
+    """Of one transformer block and one convolution: compiling all of the denoiser takes minutes."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    model = tiny_model()
-    clone = quantized(model)
-    first = sample(clone, steps=2)
+    clone = quantized(tiny_model())
+    first = sample(clone)
     compiled = clone.clone()
-    set_torch_compile_wrapper(compiled, backend="aot_eager")
-    assert sqnr(first, sample(compiled, steps=2)) > 60
-    assert torch.equal(sample(clone, steps=2), first)
+    keys = ["diffusion_model.middle_block.1.transformer_blocks.0", "diffusion_model.middle_block.0.in_layers"]
+    set_torch_compile_wrapper(compiled, backend="aot_eager", keys=keys)
+    assert sqnr(first, sample(compiled)) > 60
+    assert torch.equal(sample(clone), first)
     adapted = with_lora(compiled)
-    assert sqnr(sample(with_lora(clone), steps=2), sample(adapted, steps=2)) > 60
-    assert torch.equal(sample(clone, steps=2), first)
+    assert sqnr(sample(with_lora(clone)), sample(adapted)) > 60
+    assert torch.equal(sample(clone), first)
 
 
 def test_a_wrapper_sees_the_quantized_denoiser(comfy: ModuleType) -> None:

@@ -106,6 +106,7 @@ def test_corrections_are_undone_and_redone(shape: tuple[int, ...]) -> None:
     assert db(own, plain) < 10  # the corrections do something
     again = tensor.requantize_from_float(own)
     assert db(own, again.dequantize()) > 35
+    assert state.pre_quant_scale is not None
     assert torch.equal(again._params.pre_quant_scale, state.pre_quant_scale)
     assert again._params.rotation == 2
     assert hadamard(2).shape == (2, 2)

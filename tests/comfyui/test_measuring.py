@@ -51,10 +51,16 @@ def test_a_profile_foretells_what_a_hybrid_plan_does(
 ) -> None:
     from comfyui_nodes.native.comparing import compare_models
     from comfyui_nodes.native.patching import quantize_model
+    from diffusers_ldmq.errors import LDMQError
     from diffusers_ldmq.planning import make_plan
 
     model = tiny_model(kind)
     before = sample(model, kind)
+    if kind == "flux" and not hasattr(comfy.model_management, "in_training"):
+        with pytest.raises(LDMQError, match="gradients do not pass .* update ComfyUI"):
+            profile(model, kind)
+        assert torch.equal(sample(model, kind), before)
+        return
     with caplog.at_level(logging.WARNING, "diffusers_ldmq"):
         found = profile(model, kind)
     assert not caplog.records, "so few rows that predictions would be off by several dB"
@@ -141,8 +147,9 @@ def test_uniform_sees_the_whole_schedule(comfy: ModuleType) -> None:
     plan = everything(model)
     first, whole = calibrated(model, plan), calibrated(model, plan, selection="uniform")
     assert (first.samples, whole.samples) == (8, 10)
-    width = lambda ranges, name: ranges.ranges[name][0] * 255  # noqa: E731
-    assert sum(width(whole, n) > width(first, n) * 1.001 for n in plan.layers) > len(plan.layers) / 2
+    name = "time_embed.2"  # depends on the timestep alone, of which one step sees one
+    assert whole.ranges[name][0] > first.ranges[name][0]
+    assert len(whole.ranges) == len(plan.layers)
 
 
 def test_a_plan_without_static_layers_needs_no_step(comfy: ModuleType) -> None:

@@ -1,7 +1,6 @@
 """The nodes of the MODEL route, run with a real ComfyUI in this process on a tiny MODEL, from profile to comparison."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,12 +23,12 @@ class Vae:
 
 
 @pytest.fixture
-def folders(comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folders(comfy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """ComfyUI's models folder, somewhere of its own, with the pack's folders in it."""
     import folder_paths
 
-    known = dict(folder_paths.folder_names_and_paths)
-    known.pop("ldmq_plans", None), known.pop("ldmq_models", None), known.pop("ldmq_pipelines", None)
+    stock = folder_paths.folder_names_and_paths
+    known = {kind: paths for kind, paths in stock.items() if not kind.startswith("ldmq_")}
     known["diffusion_models"] = ([str(tmp_path / "diffusion_models")], {".safetensors"})
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
