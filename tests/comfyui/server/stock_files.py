@@ -2,7 +2,7 @@
 
     COMFYUI_PYTHON stock_files.py COMFYUI_PATH MODELS_FOLDER
 
-What a checkpoint is detected by (320 channels, a text width of 768) is SD 1.5's; it has two short levels of one width.
+What a checkpoint is detected by (320 channels, a text width of 768) is SD 1.5's; it has a single short level.
 """
 
 import sys
@@ -24,7 +24,10 @@ from comfyui.frontend.specs import CHECKPOINT, LORA  # noqa: E402
 from comfyui.tiny_models import SD15, fill, lora  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-UNET = SD15 | {"model_channels": 320, "channel_mult": [1, 1], "context_dim": 768, "num_heads": 8}
+UNET = SD15 | {
+    "model_channels": 320, "channel_mult": [1], "num_res_blocks": [1], "transformer_depth": [1],
+    "transformer_depth_output": [1, 1], "context_dim": 768, "num_heads": 8,
+}  # fmt: skip
 LORA_STRENGTH = 0.3
 
 
@@ -42,7 +45,7 @@ def autoencoder() -> torch.nn.Module:
     """TAESD with random weights whose pictures are neither black nor white."""
     vae = comfy.taesd.taesd.TAESD()
     fill(vae, 2)
-    last = [part for part in vae.taesd_decoder.modules() if isinstance(part, torch.nn.Conv2d)][-1]
+    last: Any = [part for part in vae.taesd_decoder.modules() if isinstance(part, torch.nn.Conv2d)][-1]
     with torch.no_grad():
         vae.vae_scale.fill_(1.0)
         vae.vae_shift.fill_(0.0)

@@ -1,4 +1,4 @@
-"""Mistakes in the MODEL route: one clear message on the node, a server that lives, and a next run that works."""
+"""What users of the MODEL route get wrong: a clear message on the node, a server that lives, a next run that works."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,35 @@ STOP_SECONDS = 1.0
 FOREIGN_PLAN = "of-another-model.json"
 
 
+@pytest.fixture(scope="module")
+def plan_file(stock_server: Server) -> str:
+    """Name of a plan for the checkpoint: profiled once, for all tests."""
+    prompt = with_plan(small(workflow("quantize_and_save_a_checkpoint")), save_as="shared")
+    prompt[node_of(prompt, "ldmq_plan_advanced")]["inputs"]["profile"] = [node_of(prompt, "ldmq_profile"), 0]
+    kept = ("CheckpointLoaderSimple", "CLIPTextEncode", "EmptyLatentImage", "ldmq_profile", "ldmq_plan_advanced")
+    ran = stock_server.run({number: node for number, node in prompt.items() if node["class_type"] in kept})
+    assert ran.error is None, ran.error
+    (file,) = (stock_server.base / "models" / "ldmq_plans").glob("shared*.json")
+    return file.name
+
+
+def with_plan(prompt: dict[str, Any], **inputs: str) -> dict[str, Any]:
+    """The same with LDM-Q Plan (advanced) in the place of LDM-Q Plan."""
+    given = {"target": "", "planner": "budget", "scheme": "w8a8", "keep_float": "default"}
+    given |= {"load_plan": "(none)", "save_as": "", **inputs}
+    return {**prompt, node_of(prompt, "ldmq_plan"): {"class_type": "ldmq_plan_advanced", "inputs": given}}
+
+
+def loading(name: str, workflow_name: str = "compare_float_and_quantized") -> dict[str, Any]:
+    """A workflow, small, whose plan comes from a file: nothing is profiled."""
+    prompt = with_plan(small(workflow(workflow_name)), load_plan=name)
+    return without(prompt, "ldmq_profile")
+
+
 @pytest.fixture
-def prompt(stock_server: Server, survivor: Server) -> dict[str, Any]:
-    """Profile, plan, calibrate, quantize and save, small."""
-    return small(workflow("quantize_and_save_a_checkpoint"))
+def compared(plan_file: str, survivor: Server) -> dict[str, Any]:
+    """Calibrate, quantize and compare, small, with the shared plan."""
+    return loading(plan_file)
 
 
 def failed(server: Server, prompt: dict[str, Any], kind: str, *words: str) -> str:
@@ -39,58 +64,59 @@ def models(server: Server) -> set[Path]:
     return {path for folder in folders for path in folder.rglob("*")}
 
 
-def test_a_plan_for_another_model(stock_server: Server, prompt: dict[str, Any], facts: Facts) -> None:
+def test_a_plan_for_another_model(stock_server: Server, survivor: Server, facts: Facts) -> None:
     folder = stock_server.base / "models" / "ldmq_plans"
     folder.mkdir(exist_ok=True)
     layers = {f"encoder.{number}.to_q": LayerChoice("w8a16", "by hand") for number in range(5)}
     Plan("UNetModel", "0123456789abcdef", "uniform", layers).save(folder / FOREIGN_PLAN)
-    inputs = {"target": "", "planner": "budget", "scheme": "w8a8", "keep_float": "default"}
-    inputs |= {"calibration": "first-step", "load_plan": FOREIGN_PLAN, "save_as": ""}
-    prompt = without(prompt, "ldmq_calibrate", "PreviewAny", "ldmq_profile")
-    prompt[node_of(prompt, "ldmq_plan")] = {"class_type": "ldmq_plan_advanced", "inputs": inputs}
+    message = failed(stock_server, loading(FOREIGN_PLAN), "ldmq_calibrate", "encoder.0.to_q", "LDM-Q Profile")
+    prompt = without(loading(FOREIGN_PLAN), "ldmq_calibrate")
     del prompt[node_of(prompt, "ldmq_quantize")]["inputs"]["calibration"]
-    message = failed(stock_server, prompt, "ldmq_quantize", "encoder.0.to_q", "LDM-Q Profile")
+    assert failed(stock_server, prompt, "ldmq_quantize", "encoder.0.to_q") == message
     (folder / FOREIGN_PLAN).unlink()
     facts.add("a plan for another model", message)
 
 
-@pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_quantize"])
+@pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_calibrate", "ldmq_quantize"])
 def test_a_model_that_is_quantized_already(
-    stock_server: Server, prompt: dict[str, Any], kind: str, facts: Facts
+    stock_server: Server, compared: dict[str, Any], kind: str, facts: Facts
 ) -> None:
-    quantized = node_of(prompt, "ldmq_quantize")
-    again = {**prompt[node_of(prompt, kind)]["inputs"], "model": [quantized, 0]}
-    prompt = without(prompt, "PreviewAny", "ldmq_save_model", "SaveImage", "VAEDecode", "KSampler")
-    prompt["80"] = {"class_type": kind, "inputs": again}
-    prompt["81"] = {"class_type": "PreviewAny", "inputs": {"source": ["80", 1 if kind == "ldmq_quantize" else 2]}}
-    facts.add(f"a quantized MODEL given to {kind}", failed(stock_server, prompt, kind, "quantized already"))
+    given = small(workflow("compare_float_and_quantized"))
+    again = {**(given if kind == "ldmq_profile" else compared)[node_of(given, kind)]["inputs"]}
+    prompt = without(compared, "PreviewAny", "SaveImage", "ldmq_compare")
+    prompt["80"] = {"class_type": kind, "inputs": {**again, "model": [node_of(compared, "ldmq_quantize"), 0]}}
+    prompt["81"] = {"class_type": "PreviewAny", "inputs": {"source": ["80", 2 if kind == "ldmq_profile" else 1]}}
+    facts.add(f"a quantized MODEL given to {kind}", failed(stock_server, prompt, kind, "quantized", "already"))
+
+
+def with_input(compared: dict[str, Any], kind: str, name: str, probe: str) -> dict[str, Any]:
+    """A run in which that input of that node comes from a probe."""
+    prompt = small(workflow("compare_float_and_quantized")) if kind == "ldmq_profile" else compared
+    needed = {"model": [node_of(prompt, "CheckpointLoaderSimple"), 0]} if probe == "probe_out_of_memory" else {}
+    changes = {name: ["80", 0]}
+    return {**changed(prompt, kind, **changes), "80": {"class_type": probe, "inputs": needed}}
 
 
 @pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_calibrate", "ldmq_compare"])
-def test_an_empty_latent(stock_server: Server, prompt: dict[str, Any], kind: str, facts: Facts) -> None:
-    prompt = small(workflow("compare_float_and_quantized"))
-    prompt["80"] = {"class_type": "probe_empty_latent", "inputs": {}}
-    prompt[node_of(prompt, kind)]["inputs"]["latent_image"] = ["80", 0]
+def test_an_empty_latent(stock_server: Server, compared: dict[str, Any], kind: str, facts: Facts) -> None:
+    prompt = with_input(compared, kind, "latent_image", "probe_empty_latent")
     facts.add(f"an empty latent given to {kind}", failed(stock_server, prompt, kind, "latent", "empty"))
 
 
 @pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_calibrate", "ldmq_compare"])
-def test_out_of_memory(stock_server: Server, prompt: dict[str, Any], kind: str, facts: Facts) -> None:
-    prompt = small(workflow("compare_float_and_quantized"))
-    prompt["80"] = {
-        "class_type": "probe_out_of_memory",
-        "inputs": {"model": [node_of(prompt, "CheckpointLoaderSimple"), 0]},
-    }
-    prompt[node_of(prompt, kind)]["inputs"]["reference" if kind == "ldmq_compare" else "model"] = ["80", 0]
+def test_out_of_memory(stock_server: Server, compared: dict[str, Any], kind: str, facts: Facts) -> None:
+    name = "reference" if kind == "ldmq_compare" else "model"
+    prompt = with_input(compared, kind, name, "probe_out_of_memory")
     facts.add(f"out of memory in {kind}", failed(stock_server, prompt, kind, "out of memory", "smaller latent"))
 
 
 @pytest.mark.parametrize("prefix", ["../../x", "/tmp/x", "", "a/../../../x", "..\\..\\x", ".hidden"])
 @pytest.mark.parametrize("kind", ["ldmq_save_model", "ldmq_export"])
 def test_a_model_is_never_saved_outside_of_its_folder(
-    stock_server: Server, prompt: dict[str, Any], kind: str, prefix: str
+    stock_server: Server, survivor: Server, kind: str, prefix: str
 ) -> None:
     before = models(stock_server)
+    prompt = small(workflow("quantize_and_save_a_checkpoint"))
     prompt[node_of(prompt, "ldmq_save_model")]["class_type"] = kind
     (number,) = (number for number, node in prompt.items() if node["class_type"] == kind)
     prompt[number]["inputs"]["filename_prefix"] = prefix
@@ -127,10 +153,10 @@ def test_a_file_that_is_no_model_of_ours(stock_server: Server, survivor: Server,
 
 
 @pytest.mark.parametrize("kind", ["ldmq_profile", "ldmq_calibrate", "ldmq_compare"])
-def test_stop(stock_server: Server, prompt: dict[str, Any], kind: str, facts: Facts) -> None:
+def test_stop(stock_server: Server, compared: dict[str, Any], kind: str, facts: Facts) -> None:
     names = {"ldmq_profile": "Profiling", "ldmq_calibrate": "Calibrating", "ldmq_compare": "Comparing"}
     before = models(stock_server)
-    prompt = small(workflow("compare_float_and_quantized"))
+    prompt = small(workflow("compare_float_and_quantized")) if kind == "ldmq_profile" else compared
     more = {"steps": 40, "selection": "uniform"} if kind == "ldmq_calibrate" else {"steps": 40}
     with stock_server.listen() as listener:
         ident = stock_server.queue(changed(prompt, kind, **more))

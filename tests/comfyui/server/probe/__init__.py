@@ -1,15 +1,17 @@
-"""A custom node pack for tests only: tells which modules the server imported, and makes what can go wrong go wrong."""
+"""A custom node pack for tests only: tells which modules the server has imported, and makes things go wrong."""
 
+import importlib
 import sys
 from typing import Any
 
 import comfy.patcher_extension
 import torch
 from aiohttp import web
-from server import PromptServer
+
+ROUTES = importlib.import_module("server").PromptServer.instance.routes
 
 
-@PromptServer.instance.routes.get("/probe/modules")
+@ROUTES.get("/probe/modules")
 async def modules(request: web.Request) -> web.Response:
     """Names in sys.modules."""
     return web.json_response(sorted(sys.modules))
