@@ -77,7 +77,7 @@ def test_a_preset_quantizes_and_a_saved_pipeline_draws_the_same(tmp_path: Path) 
     assert {"loading", "record", "profile", "calibrate", "verify"} <= stages
     assert "w8a8" in told_of(made)
     assert "takes a prompt" in told_of(made)
-    save(made, tmp_path / "saved")
+    save(made, tmp_path / "saved", QUIET)
     with torch.inference_mode():
         loaded = load(replace(order, model=str(tmp_path / "saved")), QUIET, QUIET)
         assert torch.equal(sample(made, APPLE, QUIET, QUIET), sample(loaded, APPLE, QUIET, QUIET))
@@ -88,7 +88,7 @@ def test_a_preset_quantizes_and_a_saved_pipeline_draws_the_same(tmp_path: Path) 
 
 
 def test_a_float_pipeline_is_saved_as_one(tmp_path: Path, bundled: LoadedPipeline) -> None:
-    save(bundled, tmp_path / "float")
+    save(bundled, tmp_path / "float", QUIET)
     assert not pipelines.is_quantized(load(replace(BUNDLED, model=str(tmp_path / "float")), QUIET, QUIET))
     assert "not quantized" in told_of(bundled)
 
@@ -177,5 +177,7 @@ def test_packed_or_broken_latents_have_no_preview(bundled: LoadedPipeline) -> No
     assert show(torch.zeros(1, 64, 16)) is None
     assert show(torch.full((1, 4, 16, 16), float("nan"))) is None
     buffer = io.BytesIO()
-    show(torch.zeros(2, 4, 16, 16)).save(buffer, "JPEG")
+    picture = show(torch.zeros(2, 4, 16, 16))
+    assert picture is not None
+    picture.save(buffer, "JPEG")
     assert buffer.tell() > 100
