@@ -41,8 +41,6 @@ CONFIG: dict[str, Any] = {
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """As ComfyUI runs the model without options on a CPU, and with --bf16-unet."""
 SCHEMES = ("w8a8", "w8a8-dyn", "w8a16")
-STEPS = 3
-"""Steps that one timing takes the median of, after one that is not counted."""
 
 
 def start_comfyui() -> None:
@@ -117,14 +115,11 @@ def observed(model: Any, layers: dict[str, nn.Module]) -> dict[str, Observer]:
 
 
 def milliseconds(model: Any) -> float:
-    """Median of STEPS steps."""
+    """Of one step, after one that is not counted and that brings the MODEL into its place."""
     step(model)
-    found = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        step(model)
-        found.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(found)
+    start = time.perf_counter()
+    step(model)
+    return 1e3 * (time.perf_counter() - start)
 
 
 def main(

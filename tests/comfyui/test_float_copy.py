@@ -123,14 +123,14 @@ def test_gradients_are_those_of_central_differences_with_checkpointing_too(kind:
             assert leaf.grad is not None
             found.append(float((leaf.grad * direction).sum()))
         copy.disable_gradient_checkpointing()
-        step = 1e-5
+        step = 1e-3  # wide enough for the fp32 parts of Flux
         sides = [
             float((forward(copy, batch._replace(kwargs={**batch.kwargs, "x": latent + s * direction})) * signs).sum())
             for s in (-step, step)
         ]
     assert list(checkpointed(copy))
     expected = (sides[1] - sides[0]) / (2 * step)
-    assert found[0] == pytest.approx(expected, rel=5e-3)  # parts of Flux compute in fp32
+    assert found[0] == pytest.approx(expected, rel=5e-3)
     assert found[1] == pytest.approx(found[0], rel=1e-6)
     assert not any("forward" in vars(module) for module in copy.modules())
 
