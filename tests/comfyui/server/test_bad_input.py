@@ -117,13 +117,10 @@ def test_a_model_is_never_saved_outside_of_its_folder(
 ) -> None:
     before = models(stock_server)
     prompt = small(workflow("quantize_and_save_a_checkpoint"))
-    prompt[node_of(prompt, "ldmq_save_model")]["class_type"] = kind
-    (number,) = (number for number, node in prompt.items() if node["class_type"] == kind)
-    prompt[number]["inputs"]["filename_prefix"] = prefix
-    refused = stock_server.refusals(
-        {**without(prompt, "PreviewAny", "SaveImage", "VAEDecode", "KSampler", "PreviewImage")}
-    )
-    assert refused[number]["errors"]
+    prompt = {number: node for number, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple"}
+    inputs = {"model": [*prompt, 0], "filename_prefix": prefix, "overwrite": False}
+    refused = stock_server.refusals({**prompt, "80": {"class_type": kind, "inputs": inputs}})
+    assert refused["80"]["errors"]
     assert models(stock_server) == before
 
 
