@@ -116,7 +116,9 @@ def _draw_worst(figure: Any, profile: "Profile") -> None:
     from .texts import worst_layers
 
     ranked, parts = worst_layers(profile, WORST), part_of_layer(profile.table)
-    axes = _panel(figure, f"The layers that suffer most (SQNR with this one alone in {profile.curve.scheme})")
+    axes = _panel(
+        figure, "The layers that suffer most (SQNR with this one alone quantized; the longer the bar, the more noise)"
+    )
     if not ranked:
         axes.text(0.5, 0.5, "no layer was measured", ha="center", va="center", fontsize=FONT)
         axes.set_axis_off()

@@ -13,6 +13,8 @@ SUFFIXES = {PLANS: ".json", MODELS: ".safetensors", PIPELINES: "", STOCK_MODELS:
 """What this pack writes into each folder, pipelines being folders; of plans and models also what it lists."""
 NO_FILE = "(none)"
 """First entry of combos that list files: none of them."""
+LONGEST = 200
+"""Bytes of a name in UTF-8: with what is added (a number, the suffix, an unfinished file's mark) it fits into 255."""
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]')
 
 
@@ -46,10 +48,29 @@ def fingerprint(kind: str, name: str) -> str:
 
 def folder_fingerprint(folder: str) -> str:
     """Changes when a file of a folder does; empty for what is no folder of this machine, a hub id for one."""
-    path = Path(folder.strip()).expanduser()
-    if not folder.strip() or not path.is_dir():
+    named = os.path.expanduser(folder.strip())
+    if not named or not os.path.isdir(named):
         return ""
-    return "|".join(f"{p.relative_to(path)}:{_stamp(p)}" for p in sorted(path.glob("*/*")) if p.is_file())
+    path = Path(named)
+    # as deep as pipelines are: whoever types / or ~ here does not wait for a walk over the whole disk
+    files = [p for pattern in ("*", "*/*") for p in path.glob(pattern) if p.is_file()]
+    return "|".join(f"{p.relative_to(path)}:{_stamp(p)}" for p in sorted(files))
+
+
+def source(named: str) -> str:
+    """The folder or hub id that was typed in, without blanks around it and with the user's home in place of ~.
+
+    Raises CheckpointError for what can be neither.
+    """
+    found = os.path.expanduser(named.strip())
+    if not _encodable(found) or "\x00" in found or any(len(os.fsencode(p)) > 255 for p in PurePath(found).parts):
+        from diffusers_ldmq.errors import CheckpointError
+
+        raise CheckpointError(
+            f"{_shortened(found)} is neither a folder nor a hub id: it is too long or holds characters that no name "
+            "can; write the path of a folder, or a hub id such as owner/name"
+        )
+    return found
 
 
 def new_file(kind: str, name: str, *, overwrite: bool = False) -> Path:
@@ -64,9 +85,12 @@ def new_file(kind: str, name: str, *, overwrite: bool = False) -> Path:
     root, suffix = _folder(kind), SUFFIXES[kind]
     plain = name.removesuffix(suffix)
     if overwrite:
-        return _inside(root, root / f"{plain}{suffix}", name)
+        path = _inside(root, root / f"{plain}{suffix}", name)
+        _refuse_file_as_folder(root, path, name)
+        return path
     # refused before ComfyUI's function, which makes folders, sees a link that leads outside
     _inside(root, root / plain, name)
+    _refuse_file_as_folder(root, root / plain, name)
     folder, stem, counter, *_ = folder_paths.get_save_image_path(plain, str(root))
     path = Path(folder) / f"{stem}_{counter:05}_{suffix}"
     while path.exists():
@@ -84,6 +108,8 @@ def _folder(kind: str) -> Path:
 def name_problem(name: str) -> str | None:
     """Why no file can be called that, in words; None if it can."""
     parts = PurePath(name.replace("\\", "/")).parts
+    if not _encodable(name) or len(os.fsencode(name)) > LONGEST:
+        return f"{_shortened(name)}: a name must be UTF-8 text of at most {LONGEST} bytes; choose another"
     if not name.strip() or name.endswith(("/", "\\")):
         return "the name is empty; write one such as my-model"
     if ".." in parts or PurePath(name).is_absolute() or name.startswith(("/", "\\")):
@@ -91,6 +117,23 @@ def name_problem(name: str) -> str | None:
     if _FORBIDDEN.search(name) or any(part.startswith(".") for part in parts):
         return f'{name!r}: a name must not begin with a dot or hold any of < > : " | ? *; choose another'
     return None
+
+
+def name_answer(name: str | None) -> bool | str:
+    """What a node's validate_inputs says about a name that was typed in; None: it comes through a wire, unknown yet."""
+    return True if name is None else name_problem(name) or True
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _found(kind: str, name: str) -> Path | None:
@@ -107,6 +150,13 @@ def _inside(root: Path, path: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(root.resolve()):
         _refuse(f"{name!r} leaves {root} through a link; choose another name")
     return path
+
+
+def _refuse_file_as_folder(root: Path, path: Path, name: str) -> None:
+    between = [parent for parent in path.parents if parent.is_relative_to(root)]
+    blocking = next((parent for parent in between if parent.exists() and not parent.is_dir()), None)
+    if blocking is not None:
+        _refuse(f"{name!r} needs a folder {blocking} and that is a file; choose another name")
 
 
 def _refuse(message: str) -> NoReturn:

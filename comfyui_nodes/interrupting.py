@@ -1,8 +1,10 @@
-"""Stopping work that is not ComfyUI's own: a check before every module that runs, so that even one slow step ends."""
+"""Stopping work that is not ComfyUI's own: a check before every module that runs, so that even one slow step ends, and
+before every model that is saved."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -26,3 +28,27 @@ def interruptible(check: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def told_of_saving(models: Sequence[Any], progress: Callable[[int, int], None]) -> Iterator[None]:
+    """While open, call progress(how many before it, all) before each of the models is saved; what it raises ends the
+    work. models: with a `save_pretrained`, in the order in which they are saved."""
+    for index, model in enumerate(models):
+        model.save_pretrained = _told_before(model.save_pretrained, progress, index, len(models))
+    try:
+        yield
+    finally:
+        for model in models:
+            del model.save_pretrained
+
+
+def _told_before(
+    save: Callable[..., Any], progress: Callable[[int, int], None], index: int, total: int
+) -> Callable[..., Any]:
+    @wraps(save)  # diffusers reads the signature
+    def told(*args: Any, **kwargs: Any) -> Any:
+        progress(index, total)
+        return save(*args, **kwargs)
+
+    return told

@@ -14,12 +14,13 @@ GAIN = 8.0
 def picture_pairs(vae: Any, comparison: "Comparison") -> "Tensor":
     """Reference, model and their difference. [B, H, W, 3] in 0..1; videos give one picture per frame."""
     from .charts import difference, side_by_side
+    from .texts import decibels
 
     one, other = (_decoded(vae, latent) for latent in comparison.latents)
     return side_by_side(
         [
             ("reference", one),
-            (f"model: {comparison.latent_db:.1f} dB", other),
+            (f"model: {decibels(comparison.latent_db)}", other),
             (f"difference x{GAIN:g}", difference(one, other, GAIN)),
         ]
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
     from .native.ranges import InputRanges
 
 PROFILE, PLAN, CALIBRATION = "ldmq_profile_1", "ldmq_plan_1", "ldmq_calibration_1"
+SELECTIONS = ("first-step", "uniform")
+"""Which sampling steps a calibration looks at; the first one where a plan does not say."""
+SELECTION = "calibration"
+"""Among a plan's reasons."""
 MADE_BY = {PROFILE: "LDM-Q Profile", PLAN: "LDM-Q Plan", CALIBRATION: "LDM-Q Calibrate"}
 
 
@@ -39,6 +44,22 @@ def to_plan(payload: Any) -> "Plan":
     from diffusers_ldmq.artifacts import Plan
 
     return Plan.from_dict(_content(payload, PLAN).get("plan"))
+
+
+def with_selection(plan: "Plan", selection: str) -> "Plan":
+    """The plan that tells LDM-Q Calibrate which sampling steps to look at."""
+    return replace(plan, reasons={**plan.reasons, SELECTION: selection})
+
+
+def selection_of(plan: "Plan") -> str:
+    """Which sampling steps a plan's calibration looks at. Raises PlanError for none that there is."""
+    selection = plan.reasons.get(SELECTION, SELECTIONS[0])
+    if selection not in SELECTIONS:
+        _refuse(
+            f"the plan asks for the calibration {selection!r} and there are {', '.join(SELECTIONS)}; choose one in "
+            "LDM-Q Calibrate's selection"
+        )
+    return selection
 
 
 def from_ranges(ranges: "InputRanges") -> dict[str, Any]:

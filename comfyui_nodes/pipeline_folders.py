@@ -4,7 +4,7 @@ from pathlib import Path
 
 import folder_paths
 
-from .files import PIPELINES, folder_fingerprint
+from .files import PIPELINES, folder_fingerprint, source
 
 BUNDLED = "emoji-sd (comes with LDM-Q)"
 """The bundled model among the choices."""
@@ -22,11 +22,10 @@ def choices() -> list[str]:
 def model_of(choice: str, named: str) -> str:
     """What a choice, or a hub id or folder that was typed in and goes before it, is called for diffusers.
 
-    Raises CheckpointError for a choice that is not there any more.
+    Raises CheckpointError for a choice that is not there any more, and for what can be neither folder nor hub id.
     """
-    named = named.strip()
-    if named:
-        return str(Path(named).expanduser()) if named.startswith("~") else named
+    if named.strip():
+        return source(named)
     if choice == BUNDLED:
         return BUNDLED_NAME
     folder = _found(choice)

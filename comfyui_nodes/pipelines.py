@@ -18,15 +18,16 @@ from diffusers_ldmq.backends import fast_dtype
 from diffusers_ldmq.checkpoints import stored_config
 from diffusers_ldmq.demo import MODEL
 from diffusers_ldmq.errors import LDMQError, PlanError
-from diffusers_ldmq.families import find_denoiser
+from diffusers_ldmq.families import find_denoiser, uncompiled
 from diffusers_ldmq.folders import load_pipeline, save_pipeline
 from diffusers_ldmq.inspection import describe
 from diffusers_ldmq.layers import quantized_layers
-from diffusers_ldmq.progress import StageProgress
+from diffusers_ldmq.progress import Progress, StageProgress
 from diffusers_ldmq.sampling import Sampling, sample_pictures
 from diffusers_ldmq.summary import mb
 
-from .interrupting import interruptible
+from .interrupting import interruptible, told_of_saving
+from .memory import is_out_of_memory
 from .presets import Preset
 from .previews import previewer_of
 
@@ -38,10 +39,13 @@ Steps = Callable[[int, int, Image.Image | None], None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedPipeline:
-    """What goes over the PIPELINE socket. pipe: diffusers' own, float or quantized; name: as it was asked for."""
+    """What goes over the PIPELINE socket. pipe: diffusers' own, float or quantized; name: as it was asked for; device:
+    where it computes; note: what else there is to say of how it was made."""
 
     pipe: Any
     name: str
+    device: str = "cpu"
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,7 @@ def load(order: Order, told: StageProgress, check: Check) -> LoadedPipeline:
     Raises LDMQError for what cannot be loaded or quantized, and for a target or plan with nothing to quantize.
     """
     told("loading", 0, 1)
+    note = ""
     with torch.inference_mode(False), torch.no_grad(), interruptible(check):
         quantized = stored_config(order.model) is not None
         if order.target or order.plan is not None:
@@ -102,10 +107,10 @@ def load(order: Order, told: StageProgress, check: Check) -> LoadedPipeline:
         elif order.preset is None and order.plan is None:
             pipe = load_pipeline(order.model, dtype=_dtype(order), **order.options())
         else:
-            pipe = _quantized(order, told)
+            pipe, note = _quantized(order, told)
     pipe.set_progress_bar_config(disable=True)
     told("loading", 1, 1)
-    return LoadedPipeline(pipe, order.model)
+    return LoadedPipeline(pipe, order.model, order.device, note)
 
 
 def _refuse_unused(order: Order, quantized: bool) -> None:
@@ -120,15 +125,17 @@ def _refuse_unused(order: Order, quantized: bool) -> None:
         raise LDMQError(f"{order.model}: {what}, but quantize says no; choose Safe, Balanced or Smallest there")
 
 
-def _quantized(order: Order, told: StageProgress) -> Any:
+def _quantized(order: Order, told: StageProgress) -> tuple[Any, str]:
+    """The pipeline, and what to say where it is not as the preset says."""
     given = {**order.options(), **order.quantizing(), "dtype": _dtype(order), "progress": told}
     try:
-        return QuantizedLDMPipeline.from_pretrained(order.model, **given)
+        return QuantizedLDMPipeline.from_pretrained(order.model, **given), ""
     except PlanError:
         if order.target or order.plan is not None or given["target"] is None:
             raise
         # a preset works on every model: a size that this one cannot have gives way to the planner's own rule
-        return QuantizedLDMPipeline.from_pretrained(order.model, **{**given, "target": None})
+        note = f"the preset's {given['target']} cannot be met by this model; planned by the planner's own rule instead"
+        return QuantizedLDMPipeline.from_pretrained(order.model, **{**given, "target": None}), note
 
 
 def _dtype(order: Order) -> torch.dtype:
@@ -153,6 +160,8 @@ def told_of(loaded: LoadedPipeline) -> str:
         lines.append(f"{mb(found.bytes)}, {found.bytes / found.fp32_bytes:.3f}x of fp32")
     else:
         lines.append("not quantized")
+    if loaded.note:
+        lines.append(loaded.note)
     if found.report:
         lines.append(f"{found.report.sqnr_db:.1f} dB at the denoiser's output when it was quantized")
     return "\n".join([*lines, f"takes {_takes(loaded.pipe)}"])
@@ -187,11 +196,25 @@ def sample(loaded: LoadedPipeline, wish: Wish, told: Steps, check: Check) -> Ten
         except LDMQError:
             raise
         except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError) as cause:
-            if isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(cause):
+            if is_out_of_memory(cause):
+                pipe.to("cpu")
                 raise
             reason = " ".join(str(cause).split())[:300]
             raise LDMQError(f"{type(pipe).__name__} cannot draw this: {reason}") from cause
     return image_tensor(pictures)
+
+
+def bring_back(loaded: LoadedPipeline, make_room: Callable[[], None]) -> None:
+    """Where memory ran out the pipeline was moved to the CPU: put it on its device again, after make_room()."""
+    if loaded.pipe.device.type == torch.device(loaded.device).type:
+        return
+    make_room()
+    with torch.inference_mode(False):  # or its weights would be inference tensors
+        try:
+            loaded.pipe.to(loaded.device)
+        except RuntimeError:  # half of it is there already
+            loaded.pipe.to("cpu")
+            raise
 
 
 def _accepted(pipe: Any) -> Any:
@@ -237,12 +260,16 @@ def image_tensor(pictures: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def save(loaded: LoadedPipeline, folder: Path) -> None:
-    """Write an ordinary diffusers folder, complete or not at all. Raises OutputError where it cannot be written."""
-    if isinstance(loaded.pipe, QuantizedLDMPipeline):
-        loaded.pipe.save_pretrained(folder)
-    else:
-        save_pipeline(loaded.pipe, folder)
+def save(loaded: LoadedPipeline, folder: Path, progress: Progress) -> None:
+    """Write an ordinary diffusers folder, complete or not at all. progress: called before each model, never when the
+    folder stands: a stop that it raises must leave none. Raises OutputError where it cannot be written."""
+    parts = [uncompiled(part) for part in loaded.pipe.components.values()]
+    models = [part for part in parts if isinstance(part, torch.nn.Module) and hasattr(part, "save_pretrained")]
+    with told_of_saving(list({id(model): model for model in models}.values()), progress):
+        if isinstance(loaded.pipe, QuantizedLDMPipeline):
+            loaded.pipe.save_pretrained(folder)
+        else:
+            save_pipeline(loaded.pipe, folder)
 
 
 def is_quantized(loaded: LoadedPipeline) -> bool:

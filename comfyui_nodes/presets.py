@@ -40,19 +40,23 @@ DEFAULT = "Balanced"
 """Name -> preset, from the most exact to the smallest."""
 
 
-def preset_plan(profile: "Profile", name: str) -> "Plan":
-    """The plan that a preset makes of a profile.
+def preset_plan(profile: "Profile", name: str) -> tuple["Plan", str]:
+    """The plan that a preset makes of a profile, and in words what the preset asked for.
 
-    A size that this model cannot be brought to gives way to the planner's own rule for the scheme, so every preset
-    works on every model. Raises PlanError if nothing can be quantized.
+    A size that this model cannot be brought to gives way to the planner's own rule for the scheme, and the words say
+    so; every preset works on every model. Raises PlanError if nothing can be quantized.
     """
-    from diffusers_ldmq.errors import PlanError
+    from diffusers_ldmq.errors import TargetError
     from diffusers_ldmq.planning import make_plan
 
     preset = PRESETS[name]
     try:
-        return make_plan(profile, preset.target, planner="budget", scheme=preset.scheme)
-    except PlanError:
+        return make_plan(profile, preset.target, planner="budget", scheme=preset.scheme), preset.explanation
+    except TargetError:
         if preset.target is None:
             raise
-        return make_plan(profile, None, planner="budget", scheme=preset.scheme)
+        words = (
+            f"{name}: this model cannot be brought to the preset's {preset.target} (of fp32). Instead the planner's "
+            f"own rule for {preset.scheme} made this plan, which takes what is said under Size."
+        )
+        return make_plan(profile, None, planner="budget", scheme=preset.scheme), words

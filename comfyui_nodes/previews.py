@@ -12,6 +12,9 @@ SMALL_AUTOENCODER = 5_000_000
 """Parameters up to which decoding costs less than a step; TAESD has half of them."""
 FIT_SIDE = 128
 """Pixels of the picture that the linear map is fitted to."""
+FAILURES = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AttributeError, AssertionError)
+"""What autoencoders of other kinds (video, audio, other argument names) raise: no preview, never the end of a run.
+ComfyUI's interrupt is none of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,12 +26,16 @@ class Previewer:
     colours: Tensor | None = None
 
     def __call__(self, latents: Tensor) -> Image.Image | None:
-        """The first of the latents [B, C, h, w] as a picture; None where they are shaped otherwise (packed)."""
+        """The first of the latents [B, C, h, w] as a picture; None where they are shaped otherwise (packed) or cannot
+        be decoded."""
         if latents.ndim != 4 or not torch.isfinite(latents[:1]).all():
             return None
-        with torch.inference_mode(False), torch.no_grad():
-            pixels = self._pixels(latents[:1].detach().clone())
-        return None if pixels is None else _picture(pixels)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                pixels = self._pixels(latents[:1].detach().clone())
+            return None if pixels is None else _picture(pixels)
+        except FAILURES:
+            return None
 
     def _pixels(self, latents: Tensor) -> Tensor | None:
         """RGB [1, 3, H, W], about -1..1."""
@@ -49,9 +56,12 @@ def previewer_of(pipe: Any) -> Previewer | None:
         return Previewer()
     if not hasattr(autoencoder, "config") or not hasattr(autoencoder, "encode"):
         return None
-    if sum(p.numel() for p in autoencoder.parameters()) <= SMALL_AUTOENCODER:
-        return Previewer(decoder=autoencoder)
-    colours = _fitted_colours(autoencoder)
+    try:
+        if sum(p.numel() for p in autoencoder.parameters()) <= SMALL_AUTOENCODER:
+            return Previewer(decoder=autoencoder)
+        colours = _fitted_colours(autoencoder)
+    except FAILURES:
+        return None
     return None if colours is None else Previewer(colours=colours)
 
 
@@ -61,19 +71,23 @@ def _fitted_colours(autoencoder: nn.Module) -> Tensor | None:
     noise = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(0)) * 2 - 1
     picture = F.interpolate(noise, size=(FIT_SIDE, FIT_SIDE), mode="bicubic").clamp(-1, 1)
     weight = next(autoencoder.parameters())
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            made: Any = autoencoder.encode(picture.to(weight))  # pyright: ignore[reportCallIssue]
-    except (RuntimeError, ValueError, IndexError):  # video, audio
-        return None
-    posterior = getattr(made, "latent_dist", None)
-    latents = posterior.mode() if posterior is not None else made.latents
-    if latents.ndim != 4 or not torch.isfinite(latents).all():
+    with torch.inference_mode(False), torch.no_grad():
+        made: Any = autoencoder.encode(picture.to(weight))  # pyright: ignore[reportCallIssue]
+    latents = _latents_of(made)
+    if latents is None or latents.ndim != 4 or not torch.isfinite(latents).all():
         return None
     latents = _scaled(autoencoder, latents).float().cpu()
     rows = latents.flatten(2)[0].T
     wanted = F.adaptive_avg_pool2d(picture, (latents.shape[-2], latents.shape[-1])).flatten(2)[0].T
     return torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1)], dim=1), wanted).solution
+
+
+def _latents_of(made: Any) -> Tensor | None:
+    """What an encode gave: a posterior (KL), `latents` (VQ, TAESD) or `latent` (AutoencoderDC)."""
+    posterior = getattr(made, "latent_dist", None)
+    if posterior is not None:
+        return posterior.mode()
+    return next((found for name in ("latents", "latent") if (found := getattr(made, name, None)) is not None), None)
 
 
 def _scaled(autoencoder: Any, latents: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ PIPELINE = io.Custom("LDMQ_PIPELINE")
 YOUNGER = frozenset({"advanced", "search_aliases", "is_dev_only", "has_intermediate_output"})
 """Keywords that came after the first V3 API. Leaving them out costs comfort, never function."""
 LARGEST_SEED = 2**64 - 1
+AS_PLANNED = "as planned"
+"""Choice of LDM-Q Calibrate: the sampling steps that the plan names, else the first ones."""
 
 
 def accepted(make: Callable[..., T], *args: Any, **keywords: Any) -> T:
@@ -36,31 +38,28 @@ def text_output(tooltip: str) -> io.String.Output:
     return io.String.Output("text", tooltip=f"{tooltip} Wire it to Preview as Text to keep it on the canvas.")
 
 
-def sampling_inputs(seed: str, seed_tooltip: str) -> list[io.Input]:
-    """Inputs that say how to sample, with KSampler's names and defaults. seed: the id of the seed input.
+def seed_input(name: str, tooltip: str) -> io.Input:
+    """A seed. One whose id is 'seed' gets ComfyUI's "control after generate", which draws a new one after every run."""
+    return accepted(io.Int.Input, name, default=0, min=0, max=LARGEST_SEED, tooltip=tooltip)
 
-    An INT whose id is 'seed' gets ComfyUI's "control after generate", which draws a new one after every run.
-    """
+
+def steps_input(tooltip: str, **keywords: Any) -> io.Input:
+    """How many sampling steps."""
+    return accepted(io.Int.Input, "steps", default=20, min=1, max=1000, tooltip=tooltip, **keywords)
+
+
+def cfg_input(default: float, tooltip: str) -> io.Input:
+    """The guidance scale."""
+    limits = {"min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}
+    return accepted(io.Float.Input, "cfg", default=default, **limits, tooltip=tooltip)
+
+
+def sampling_inputs(seed: str, seed_tooltip: str) -> list[io.Input]:
+    """Inputs that say how to sample, with KSampler's names and defaults. seed: the id of the seed input."""
     return [
-        accepted(io.Int.Input, seed, default=0, min=0, max=LARGEST_SEED, tooltip=seed_tooltip),
-        accepted(
-            io.Int.Input,
-            "steps",
-            default=20,
-            min=1,
-            max=1000,
-            tooltip="Sampling steps. Use the number that you sample with: the noise differs from step to step.",
-        ),
-        accepted(
-            io.Float.Input,
-            "cfg",
-            default=8.0,
-            min=0.0,
-            max=100.0,
-            step=0.1,
-            round=0.01,
-            tooltip="Guidance scale. Use the one that you sample with.",
-        ),
+        seed_input(seed, seed_tooltip),
+        steps_input("Sampling steps. Use the number that you sample with: the noise differs from step to step."),
+        cfg_input(8.0, "Guidance scale. Use the one that you sample with."),
         accepted(
             io.Combo.Input,
             "sampler_name",

@@ -38,10 +38,14 @@ def in_node_words(message: str) -> str:
 
 
 def worst_layers(profile: "Profile", count: int) -> list[tuple[str, float]]:
-    """(layer, SQNR in dB at the output with this layer alone in the profiled scheme), the worst first."""
+    """(layer, SQNR in dB at the output with this layer alone quantized as in the block curve), the worst first: in the
+    profiled scheme, with dynamic ranges where plans would take those. Layers that stay float are left out."""
+    from diffusers_ldmq.planners import low_precision
     from diffusers_ldmq.plots import own_effect_db
 
-    found = [(noise.name, own_effect_db(profile, noise, profile.curve.scheme)) for noise in profile.layers]
+    kept, scheme = {layer.name for layer in profile.table.layers if layer.keep_float}, profile.curve.scheme
+    measured = [noise for noise in profile.layers if noise.name not in kept]
+    found = [(noise.name, own_effect_db(profile, noise, low_precision(noise, scheme).scheme)) for noise in measured]
     known = [(name, db) for name, db in found if db is not None and math.isfinite(db)]
     return sorted(known, key=lambda pair: pair[1])[:count]
 
@@ -52,14 +56,16 @@ def profile_text(profile: "Profile") -> str:
     from diffusers_ldmq.planners import fp32_bytes
 
     table, scheme = profile.table, profile.curve.scheme
+    kept = sum(layer.keep_float for layer in table.layers)
     whole = sqnr_db(1.0, profile.curve.nsr()[-1])
     lines = [
         f"{table.denoiser}: {len(table.layers)} Linear and Conv2d layers in {len(table.blocks)} blocks, "
         f"{fp32_bytes(table) / 1e6:.0f} MB in fp32.",
-        f"All of it in {scheme}: {_db(whole)} at the output ({closeness(whole)}).",
-        "Layers that suffer most (SQNR with this one alone quantized):",
-        *(f"  {_db(db):>8}  {name}" for name, db in worst_layers(profile, 8)),
-        f"Measured at {len(profile.timesteps)} of {len(profile.schedule)} timesteps.",
+        f"In {scheme}, with dynamic ranges where calibrated ones would not last and {kept} layers left float: "
+        f"{decibels(whole)} at the output ({closeness(whole)}).",
+        "Layers that suffer most (SQNR with this one alone quantized so):",
+        *(f"  {decibels(db):>8}  {name}" for name, db in worst_layers(profile, 8)),
+        f"Measured at {len(profile.timesteps)} of {len(profile.schedule)} timesteps{_cost(profile)}.",
         "Next: LDM-Q Plan chooses a precision for every layer.",
     ]
     return "\n".join(lines)
@@ -73,7 +79,8 @@ def plan_text(plan: "Plan", profile: "Profile | None", explanation: str = "") ->
     if profile is not None:
         lines.append(_size_line(plan, profile))
     if plan.predicted_sqnr_db is not None:
-        lines.append(f"Predicted: {_db(plan.predicted_sqnr_db)} at the output ({closeness(plan.predicted_sqnr_db)}).")
+        db = plan.predicted_sqnr_db
+        lines.append(f"Predicted: {decibels(db)} at the output ({closeness(db)}).")
     lines.append(_next_after(plan))
     return "\n".join(lines)
 
@@ -98,11 +105,11 @@ def comparison_text(comparison: "Comparison") -> str:
     worst, worst_db = comparison.worst()
     curve = sorted(zip(comparison.timesteps, comparison.curve_db(), strict=True), reverse=True)
     lines = [
-        f"At the model's output, on the reference's own inputs: {_db(comparison.output_db)} over all steps "
-        f"({closeness(comparison.output_db)}), worst {_db(worst_db)} at timestep {worst:g}.",
-        f"Of the final latent: {_db(comparison.latent_db)}; small differences add up from step to step, so this is "
-        "lower.",
-        "Per timestep: " + ", ".join(f"{t:g}: {_db(db)}" for t, db in curve),
+        f"At the model's output, on the reference's own inputs: {decibels(comparison.output_db)} over all steps "
+        f"({closeness(comparison.output_db)}), worst {decibels(worst_db)} at timestep {worst:g}.",
+        f"Of the final latent: {decibels(comparison.latent_db)}; small differences add up from step to step, so this "
+        "is lower.",
+        "Per timestep: " + ", ".join(f"{t:g}: {decibels(db)}" for t, db in curve),
     ]
     return "\n".join(lines)
 
@@ -114,6 +121,12 @@ def closeness(db: float) -> str:
     """
     steps = ((40, "cannot be told from the original"), (33, "small details may differ"), (24, "details differ"))
     return next((words for least, words in steps if db >= least), "the picture itself may change")
+
+
+def _cost(profile: "Profile") -> str:
+    """What measuring took, where the profile tells."""
+    calls = profile.settings.get("cost_in_calls")
+    return "" if calls is None else f", in {calls} calls of the model (as {calls / 20:.0f} pictures of 20 steps)"
 
 
 def _size_line(plan: "Plan", profile: "Profile") -> str:
@@ -139,5 +152,6 @@ def _next_after(plan: "Plan") -> str:
     return "Next: LDM-Q Quantize; this plan needs no LDM-Q Calibrate."
 
 
-def _db(value: float) -> str:
+def decibels(value: float) -> str:
+    """A ratio for people to read; an infinite one is 'exact'."""
     return f"{value:.1f} dB" if math.isfinite(value) else "exact"

@@ -34,7 +34,7 @@ def known(model: str | os.PathLike[str]) -> str:
     if text == MODEL and not Path(text).exists():
         return os.fspath(demo_model())
     path = Path(text)
-    if path.exists():
+    if os.path.exists(path):  # unlike Path.exists, of a name too long for the file system as well
         if not (path / "model_index.json").is_file():
             raise LDMQError(f"{text}: is no diffusers pipeline folder (it has no model_index.json)")
     elif text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text:
@@ -156,7 +156,7 @@ def side_files(model: str | os.PathLike[str], **hub: Any) -> dict[str, Any]:
 
 def _file(model: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path | None:
     """A file of a local folder or a hub repository; None if it has none."""
-    if Path(model).exists():
+    if os.path.exists(model):
         path = Path(model) / name
         return path if path.is_file() else None
     try:

@@ -13,6 +13,10 @@ class PlanError(LDMQError):
     """A profile, plan or target is malformed, belongs to another model, or cannot be met."""
 
 
+class TargetError(PlanError):
+    """A target that no plan of the planner meets."""
+
+
 class CalibrationError(LDMQError):
     """Calibration saw no data, or data that gives no usable range."""
 

@@ -44,7 +44,7 @@ def load_pipeline(
     except LDMQError:
         raise
     except (*HUB_ERRORS, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError) as cause:
-        told = None if Path(text).exists() else hub_refusal(cause)
+        told = None if os.path.exists(text) else hub_refusal(cause)
         if told is not None:
             raise LDMQError(f"{text}: {told}") from cause
         reason = " ".join(str(cause).split())

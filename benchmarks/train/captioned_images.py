@@ -105,7 +105,7 @@ def load_captioned_images(path: Path, size: int, subset: str) -> CaptionedImages
         records = [record for record in records if record.familiar]
     if not records:
         raise TrainingError(f"no picture of {path} is left in the subset '{subset}': use subset=all")
-    pixels = np.stack([_square(source, record.file_name, size) for record in records])
+    pixels = np.stack([square(source, record.file_name, size) for record in records])
     channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     return CaptionedImages(channels_first, [record.caption for record in records])
 
@@ -159,7 +159,7 @@ def _from_text_files(source: Source, pictures: Iterable[str]) -> list[Record]:
     return records
 
 
-def _square(source: Source, name: str, size: int) -> np.ndarray:
+def square(source: Source, name: str, size: int) -> np.ndarray:
     """The picture on white, padded to a square and resized: uint8 [size, size, 3]."""
     try:
         picture = Image.open(io.BytesIO(source.read(name))).convert("RGBA")

@@ -63,7 +63,7 @@ class Workspace:
         if folder is None:
             raise TrainingError(f"no {part} in {self.out} yet: run its stage first or start from a pipeline (init)")
         loaded = self.kinds[part].from_pretrained(str(folder))
-        return _without_path(loaded.float(), part) if isinstance(loaded, nn.Module) else loaded
+        return without_path(loaded.float(), part) if isinstance(loaded, nn.Module) else loaded
 
     def save(self, part: str, model: Any) -> None:
         """Keeps a part for the next stage."""
@@ -107,7 +107,7 @@ def _make_readable_by_transformers_4(pipeline: Path, tokenizer: Any) -> None:
     save_file(weights, weights_file, metadata={"format": "pt"})
 
 
-def _without_path(model: Any, part: str) -> Any:
+def without_path(model: Any, part: str) -> Any:
     """Forgets the path a model was loaded from, which would otherwise be written into its config."""
     if isinstance(model, CLIPTextModel):
         model.config._name_or_path = ""
@@ -116,15 +116,15 @@ def _without_path(model: Any, part: str) -> Any:
     return model
 
 
-def new_autoencoder(width: int) -> Any:
-    """3x64x64 pixels to 4x16x16 latents, without attention: 1.6 M parameters at width 64."""
+def new_autoencoder(width: int, pixels: int = PIXELS) -> Any:
+    """Pixels to 4 channels of a quarter of the side, without attention: 1.6 M parameters at width 64."""
     config: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
         "block_out_channels": (width // 2, width, width * 3 // 2),
         "layers_per_block": 1,
         "norm_num_groups": 8,
-        "sample_size": PIXELS,
+        "sample_size": pixels,
         "mid_block_add_attention": False,
     }
     return AutoencoderKL(**config)

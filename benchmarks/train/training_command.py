@@ -13,9 +13,9 @@ import typer
 from captioned_images import CaptionedImages, TrainingError
 from pipeline_parts import Workspace
 from rich.logging import RichHandler
-from training_loop import Run, Settings, Task, console, identity_of, log, train
+from training_loop import LIMITS, Run, Settings, Task, console, identity_of, log, train
 
-LIMITS = ("steps", "minutes")  # options of their own
+# The limits are options of their own.
 CHANGEABLE = {field.name: field.default for field in fields(Settings) if field.name not in LIMITS}
 SETTINGS_HELP = f"Repeatable; names and defaults: {', '.join(f'{k}={v}' for k, v in CHANGEABLE.items())}"
 
@@ -71,6 +71,8 @@ def _check_settings(settings: Settings) -> None:
         "ema must be at least 0 and below 1": 0 <= settings.ema < 1,
         "subset must be all or familiar": settings.subset in ("all", "familiar"),
         "width must be a positive multiple of 16": settings.width > 0 and settings.width % 16 == 0,
+        "schedule must be cosine or constant": settings.schedule in ("cosine", "constant"),
+        "weight_decay must not be negative": settings.weight_decay >= 0,
         "checkpoint_every must be positive": settings.checkpoint_every > 0,
     }
     for rule, kept in rules.items():

@@ -28,6 +28,7 @@ console = Console(stderr=True)
 
 # What may change between an interruption and the resumption without changing what is learned.
 FREE_SETTINGS = {"checkpoint_every", "device"}
+LIMITS = {"steps", "minutes"}  # with a constant rate these, too: training may go on for longer than planned
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Settings:
     seed: int = 0
     device: str = "auto"  # "auto", "cpu", "cuda", ...
     checkpoint_every: int = 200  # steps
+    weight_decay: float = 1e-3  # AdamW's
+    schedule: str = "cosine"  # the rate after its warm-up: "cosine" falls towards the limit, "constant" stays
 
     def with_defaults(self, steps: int, batch: int, rate: float) -> "Settings":
         """These settings with a stage's defaults in place of the zeros."""
@@ -82,7 +85,9 @@ class Run:
         self.settings = settings
         self.identity = identity  # what a checkpoint must agree on to be resumed
         self.average = copy.deepcopy(task.trained).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(task.trained.parameters(), lr=settings.rate, weight_decay=1e-3)
+        self.optimizer = torch.optim.AdamW(
+            task.trained.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
+        )
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.step = 0
         self.seconds = 0.0
@@ -94,17 +99,22 @@ class Run:
         return max(by_step, by_time)
 
     def rate(self) -> float:
-        """Linear warm-up, then half a cosine down to 2 % of the peak."""
+        """Linear warm-up, then half a cosine down to 2 % of the peak, or the peak for good."""
         warm = min(1.0, (self.step + 1) / max(1, self.settings.warmup))
+        if self.settings.schedule == "constant":
+            return self.settings.rate * warm
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress())))
         return self.settings.rate * warm * (0.98 * cosine + 0.02)
+
+    def rows(self) -> Tensor:
+        """The rows of data that this step learns from, int64 [batch]."""
+        return torch.randint(self.task.count, (self.settings.batch,), generator=self.generator)
 
     def advance(self) -> float:
         """One optimizer step and one step of the average; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
-        rows = torch.randint(self.task.count, (self.settings.batch,), generator=self.generator)
-        loss = self.task.loss(rows, self.generator)
+        loss = self.task.loss(self.rows(), self.generator)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.task.trained.parameters(), 1.0)
@@ -119,6 +129,9 @@ class Run:
         decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
         for averaged, current in zip(self.average.parameters(), self.task.trained.parameters(), strict=True):
             averaged.lerp_(current, 1 - decay)
+        for averaged, current in zip(self.average.buffers(), self.task.trained.buffers(), strict=True):
+            if averaged.is_floating_point():  # a batch norm's statistics
+                averaged.lerp_(current, 1 - decay)
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint beside `path` and renames it into place."""
@@ -164,7 +177,8 @@ class Run:
 
 def identity_of(settings: Settings, fingerprint: str) -> dict[str, object]:
     """The settings and data that a checkpoint must share with the run that takes it up."""
-    fixed: dict[str, object] = {name: value for name, value in asdict(settings).items() if name not in FREE_SETTINGS}
+    free = FREE_SETTINGS | (LIMITS if settings.schedule == "constant" else set())
+    fixed: dict[str, object] = {name: value for name, value in asdict(settings).items() if name not in free}
     return fixed | {"data": fingerprint}
 
 

@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from pipeline_parts import (
     NOISE,
+    PIXELS,
     TIMES,
     TOKENS,
     Workspace,
@@ -81,12 +82,17 @@ def reconstruction_psnr(vae: Any, data: CaptionedImages) -> float:
 class AutoencoderTask:
     """Encoder and decoder together."""
 
+    pixels = PIXELS  # side of a picture
+
     def __init__(self, workspace: Workspace, data: CaptionedImages, settings: Settings) -> None:
         self.data, self.count = data, len(data.captions)
         self.device = chosen_device(settings.device)
-        vae = workspace.load("vae") if workspace.find("vae") else new_autoencoder(settings.width)
+        vae = workspace.load("vae") if workspace.find("vae") else self._fresh(settings)
         self.trained = vae.to(self.device, memory_format=torch.channels_last)
         self.autocast = fast_autocast(self.device)
+
+    def _fresh(self, settings: Settings) -> Any:
+        return new_autoencoder(settings.width, self.pixels)
 
     def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         pictures = self.data.images(rows).to(self.device, memory_format=torch.channels_last)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from diffusers_ldmq.errors import LDMQError, RecordingError
 from diffusers_ldmq.progress import Progress
 
+from ..memory import is_out_of_memory
+
 KEY = "ldmq"
 COMPILED = "torch.compile"
 """Key under which ComfyUI's TorchCompileModel adds its wrapper."""
@@ -230,12 +232,6 @@ def explained(doing: str) -> Iterator[None]:
         raise RecordingError(
             f"the MODEL cannot be {doing} like this ({type(cause).__name__}: {told}); {ADVICE[doing]}"
         ) from cause
-
-
-def is_out_of_memory(cause: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    told = str(cause)
-    return isinstance(cause, torch.OutOfMemoryError) or "DefaultCPUAllocator" in told or "out of memory" in told.lower()
 
 
 def arguments(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def load_denoiser(folder_or_repo: str | os.PathLike[str], progress: Progress | N
 
 
 def _converted(name: str, progress: Progress | None) -> Any:
-    unet = _load("the U-Net", name, lambda: UNet2DConditionModel.from_pretrained(name, subfolder="unet"))
+    options: Any = {"subfolder": "unet", "use_safetensors": True}
+    unet = _load("the U-Net", name, lambda: UNet2DConditionModel.from_pretrained(name, **options))
     layers, tensors = quantized_layers(unet), unet.state_dict()
     names = ldm_names([key for key in tensors if _is_known_to_floats(key, layers)], unet.config)
     model_type, sampling = _sampling(name)

@@ -20,18 +20,23 @@ from .file_writer import Entry, entry, parts, write_tensors
 from .layer import LDMQLayer
 from .model_files import float_tensors, load_patched, stored
 from .patching import quantized_layers_of
+from .sampling_patches import LOST, is_patched
 
 STOCK = {"format": "int8_tensorwise"}
 """ComfyUI's name of int8 weights with one fp32 scale for each row; inputs get theirs while the layer runs."""
+WEIGHT_ONLY = STOCK | {"full_precision_matrix_mult": True}
+"""The same, with the wish that inputs stay floats. ComfyUI 0.27 to 0.30 grants it only where the weight becomes a float
+one before it multiplies: for a LoRA on an offloaded layer, or where the model runs in another dtype than its own.
+Otherwise comfy-kitchen's int8 kernel gets float inputs and rounds each row of them to 8 bits all the same."""
 
 
 def export_model(model: Any, path: str | os.PathLike[str], progress: Progress | None = None) -> str:
     """Write the denoiser of a quantized MODEL for ComfyUI's own loader, complete or not at all; what was exported how,
     in words. LoRAs on it become part of the weights.
 
-    Linear layers with 8-bit weights and no correction keep their integers; every other layer is written as the fp16
-    weight that its integers stand for. Raises LDMQError if the MODEL is not quantized, OutputError if the file cannot
-    be written.
+    Linear layers with 8-bit weights and no correction keep their integers, and ask for float inputs if they are
+    weight-only; every other layer is written as the fp16 weight that its integers stand for. Raises LDMQError if the
+    MODEL is not quantized, OutputError if the file cannot be written.
     """
     layers = quantized_layers_of(model)
     if not layers:
@@ -52,7 +57,8 @@ def export_model(model: Any, path: str | os.PathLike[str], progress: Progress | 
         entries.extend(_integers(name, layer, state) if reasons[name] is None else [_float(name, layer)])
         looking(done + 1, len(layers))
     write_tensors(path, entries, {"format": "pt"}, writing)
-    return _told(layers, reasons)
+    told = _told(layers, reasons)
+    return f"{told}\n{LOST.format(loader='Load Diffusion Model')}" if is_patched(model) else told
 
 
 def _reason_for_float(layer: LDMQLayer, state: LayerState) -> str | None:
@@ -70,7 +76,8 @@ def _reason_for_float(layer: LDMQLayer, state: LayerState) -> str | None:
 def _integers(name: str, layer: LDMQLayer, state: LayerState) -> Iterator[Entry]:
     yield Entry(f"{name}.weight", torch.int8, tuple(layer.geometry.shape), lambda: layer.state().weight)
     yield entry(f"{name}.weight_scale", state.weight_scale.reshape(-1, 1))
-    yield entry(f"{name}.comfy_quant", torch.tensor(list(json.dumps(STOCK).encode()), dtype=torch.uint8))
+    told = json.dumps(WEIGHT_ONLY if state.scheme.activation is None else STOCK)
+    yield entry(f"{name}.comfy_quant", torch.tensor(list(told.encode()), dtype=torch.uint8))
 
 
 def _float(name: str, layer: LDMQLayer) -> Entry:
@@ -103,6 +110,13 @@ def _told(layers: dict[str, LDMQLayer], reasons: dict[str, str | None]) -> str:
             for reason, count in Counter(r for r in reasons.values() if r).items()
         ),
     ]
+    floats = sum(1 for name in kept if layers[name].scheme.activation is None)
+    if floats:
+        lines.append(
+            f"{floats} of the int8 layers are weight-only here. The file asks the stock loader to keep their inputs in "
+            "floating point, but ComfyUI up to 0.30 mostly rounds each row of them to 8 bits all the same, which is "
+            "less exact. LDM-Q Save model keeps them as they are."
+        )
     static = sum(1 for name in kept if layers[name].scheme.is_static)
     if static:
         lines.append(f"{static} of the int8 layers had calibrated input ranges, which the format does not have.")

@@ -1,4 +1,5 @@
-"""What a quantized MODEL does not take part in: merging, LoRA hooks, and the stock nodes that save models.
+"""What a quantized MODEL does not take part in: merging, LoRA hooks, the stock nodes that save models, and sampling on
+several GPUs where its layers would be shared between them.
 
 Merging nodes read the weights of one MODEL with `get_key_patches` and add them to a clone of the other; the shared
 module tree holds whichever clone was sampled last, so what they would read is a matter of chance. The stock savers
@@ -12,6 +13,8 @@ from comfy.patcher_extension import CallbacksMP
 
 from diffusers_ldmq.errors import LDMQError
 
+from .layer import LDMQLayer
+
 KEY = "ldmq"
 """Key of our callbacks on a ModelPatcher."""
 
@@ -23,13 +26,26 @@ SAVING = (
     "a MODEL quantized by LDM-Q cannot be saved as a stock checkpoint; use LDM-Q Save model, or LDM-Q Export for a "
     "file that the stock loaders open"
 )
+SHARING = (
+    "a MODEL behind LDM-Q Quantize cannot be sampled on several GPUs, which would share its layers: save it with LDM-Q "
+    "Save model, open it with LDM-Q Load model, and put the node for several GPUs behind that"
+)
 
 
 def guard(patcher: Any) -> None:
     """Make a quantized ModelPatcher and all its clones refuse these, in words (LDMQError)."""
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _guard_clone)
     patcher.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, _refuse_old_saver)
+    if hasattr(CallbacksMP, "ON_DEEPCLONE_MULTIGPU"):
+        patcher.add_callback_with_key(CallbacksMP.ON_DEEPCLONE_MULTIGPU, KEY, _refuse_sharing)
     _guard_instance(patcher)
+
+
+def _refuse_sharing(patcher: Any, clone: Any) -> None:
+    """A loaded MODEL has its layers in a module tree of its own; one behind LDM-Q Quantize has them as patches, which
+    a clone for another GPU gets as they are."""
+    if any(isinstance(patch, LDMQLayer) for patch in patcher.object_patches.values()):
+        raise LDMQError(SHARING)
 
 
 def _guard_clone(patcher: Any, clone: Any) -> None:

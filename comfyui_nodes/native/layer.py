@@ -31,19 +31,21 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
 
     `weight` is a Parameter around comfy-kitchen's QuantizedTensor in one of our layouts, `bias` a plain one; assigning
     either changes what the layer computes. A LoRA patched into `weight` is requantized to 8 bits, also in a 4-bit
-    layer, where it would be smaller than half a step.
+    layer, where it would be smaller than half a step, and a layer with a static scheme then runs the dynamic one: its
+    range was found without the LoRA. Once the weight from before is assigned again, the layer runs its own scheme with
+    its own range, bit for bit as before.
     """
 
     def __init__(self, state: LayerState, geometry: Geometry, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight_function: list[Any] = []
         self.bias_function: list[Any] = []
-        self._geometry, self._dtype, self._own_scheme = geometry, dtype, state.scheme
+        self._geometry, self._dtype, self._own_scheme, self._patched = geometry, dtype, state.scheme, False
         self._hold(hidden_layer(state, geometry))
 
     @property
     def scheme(self) -> Scheme:
-        """What runs now: that of the plan, or its 8-bit twin while a LoRA is patched into a 4-bit layer."""
+        """What runs now: that of the plan, or `patched_scheme` of it while a LoRA is patched into the weight."""
         return self._hidden.scheme
 
     @property
@@ -117,7 +119,7 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _wrapped(self, codes: Tensor | None) -> QuantizedTensor:
         assert codes is not None
-        return wrap(self._hidden._unrestored_state(), self._geometry.shape, self._dtype, codes.detach())
+        return wrap(self._hidden._unrestored_state(), self._geometry.shape, self._dtype, codes.detach(), self._patched)
 
     def _device(self) -> torch.device:
         codes = self._hidden._parameters["weight"]
@@ -159,22 +161,18 @@ class LDMQLayer(nn.Module, comfy.ops.CastWeightBiasOp):
         if tuple(weight.shape) != tuple(self._geometry.shape):
             expected = list(self._geometry.shape)
             raise LDMQError(f"a weight of shape {list(weight.shape)} was given to a layer of shape {expected}")
-        scheme = self._own_scheme if bits_of(weight) == self._own_bits else patched_scheme(self._own_scheme)
+        scheme = patched_scheme(self._own_scheme) if weight._params.patched else self._own_scheme
         held = replace(self._hidden._unrestored_state(), **self.__dict__.pop("_unused_range", {}))
         if held.input_scale is not None and not scheme.is_static:
             self.__dict__["_unused_range"] = {name: getattr(held, name) for name in ("input_scale", "input_zero_point")}
             held = replace(held, input_scale=None, input_zero_point=None)
         device = weight._qdata.device
+        self._patched = weight._params.patched
         self._adopt(replace(held, scheme=scheme, weight=weight._qdata, weight_scale=weight._params.scale).to(device))
 
     def _adopt(self, state: LayerState) -> None:
         self._hidden.adopt(state)
         self._show()
-
-    @property
-    def _own_bits(self) -> int:
-        assert self._own_scheme.weight is not None
-        return self._own_scheme.weight.bits
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LDMQLayer":
         with torch.inference_mode(False), torch.no_grad():
@@ -221,10 +219,7 @@ def hidden_layer(state: LayerState, geometry: Geometry) -> QuantizedLayer:
 
 
 def patched_scheme(scheme: Scheme) -> Scheme:
-    """The scheme of a layer while a LoRA is patched into it: the weight in 8 bits, activations as they were where an
-    8-bit weight can go with them."""
-    if scheme.activation is None:
-        return parse_scheme("w8a16")
-    if scheme.activation.bits == 8:
-        return parse_scheme("w8a8-dyn" if scheme.is_dynamic else "w8a8")
-    return parse_scheme("w8a8-dyn")
+    """The scheme of a layer while a LoRA is patched into it: the weight in 8 bits; activations, where they are
+    quantized, in 8 bits with a range for each input, for a range that was calibrated without the LoRA clips what it
+    adds."""
+    return parse_scheme("w8a16" if scheme.activation is None else "w8a8-dyn")

@@ -24,13 +24,15 @@ EXTRAS = ("pre_quant_scale", "low_rank_a", "low_rank_b")
 @dataclass(frozen=True)
 class LDMQParams(BaseLayoutParams):
     """scale: fp32 [N] or [N, groups]; orig_dtype, orig_shape: of the float weight; group_size: inputs that share a
-    scale, 0 = all of a row; the rest as in LayerState."""
+    scale, 0 = all of a row; patched: it was requantized from floats, as with a LoRA in it, so that it is not what its
+    layer was calibrated with; the rest as in LayerState."""
 
     group_size: int = 0
     pre_quant_scale: Tensor | None = None
     rotation: int = 0
     low_rank_a: Tensor | None = None
     low_rank_b: Tensor | None = None
+    patched: bool = False
 
     def _tensor_fields(self) -> list[str]:
         return ["scale", *(name for name in EXTRAS if getattr(self, name) is not None)]
@@ -111,13 +113,16 @@ for _layout in LAYOUTS.values():
     register_layout_class(_layout.__name__, _layout)
 
 
-def wrap(state: LayerState, shape: tuple[int, ...], dtype: torch.dtype, qdata: Tensor | None = None) -> QuantizedTensor:
+def wrap(
+    state: LayerState, shape: tuple[int, ...], dtype: torch.dtype, qdata: Tensor | None = None, patched: bool = False
+) -> QuantizedTensor:
     """A state's weight as ComfyUI sees it, sharing its tensors. shape, dtype: of the float weight; qdata: another
-    tensor of codes instead of the state's."""
+    tensor of codes instead of the state's; patched: as in LDMQParams."""
     assert state.scheme.weight is not None
-    extras = {name: getattr(state, name) for name in EXTRAS}
+    extras: dict[str, Any] = {name: getattr(state, name) for name in EXTRAS}
     group = state.scheme.weight.group_size
-    params = LDMQParams(state.weight_scale, dtype, tuple(shape), group_size=group, rotation=state.rotation, **extras)
+    extras |= {"group_size": group, "rotation": state.rotation, "patched": patched}
+    params = LDMQParams(state.weight_scale, dtype, tuple(shape), **extras)
     return QuantizedTensor(state.weight if qdata is None else qdata, LAYOUTS[state.scheme.weight.bits].__name__, params)
 
 
@@ -129,7 +134,7 @@ def bits_of(weight: Tensor) -> int | None:
 
 
 def requantized(weight: Tensor, like: QuantizedTensor, bits: int) -> QuantizedTensor:
-    """A float weight in the layout of `bits`, standing for the same coordinates as `like`.
+    """A float weight in the layout of `bits`, standing for the same coordinates as `like`, marked as patched.
 
     Raises LDMQError if the shapes differ, CalibrationError for NaN or Inf.
     """
@@ -139,4 +144,4 @@ def requantized(weight: Tensor, like: QuantizedTensor, bits: int) -> QuantizedTe
     options = options if bits == 4 else options | {"group_size": 0}
     moved = {name: value.to(weight.device) for name, value in options.items() if isinstance(value, Tensor)}
     codes, params = LAYOUTS[bits].quantize(weight, **(options | moved))
-    return QuantizedTensor(codes, LAYOUTS[bits].__name__, replace(params, orig_dtype=like.dtype))
+    return QuantizedTensor(codes, LAYOUTS[bits].__name__, replace(params, orig_dtype=like.dtype, patched=True))

@@ -9,7 +9,6 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
-from diffusers_ldmq.artifacts import Plan
 from diffusers_ldmq.errors import LDMQError
 from diffusers_ldmq.manifest import OPTIONAL
 from diffusers_ldmq.progress import Progress
@@ -21,14 +20,13 @@ from .guarding import KEY
 from .layer import LDMQLayer
 from .model_format import DTYPES, PREFIX, Description, read_model
 from .operations import as_module_tensors, build_model
-from .patching import PLAN, quantized_layers_of
-
-SAMPLING = ("zsnr", "beta_schedule", "linear_start", "linear_end", "timesteps", "sigma_min", "sigma_max", "sigma_data")
-"""Settings of the noise schedule that weights do not tell."""
+from .patching import quantized_layers_of
+from .sampling_patches import LOST, own_sampling, sampling_of
 
 
-def save_model(model: Any, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
-    """Write the denoiser of a quantized MODEL, complete or not at all; LoRAs on it become part of its integers.
+def save_model(model: Any, path: str | os.PathLike[str], progress: Progress | None = None) -> str:
+    """Write the denoiser of a quantized MODEL, complete or not at all; LoRAs on it become part of its integers. What is
+    on the MODEL and not in the file, in words; empty if nothing is.
 
     What is not quantized is stored in 16 bits (values that do not fit there in 32). Raises LDMQError if the MODEL is
     not quantized, OutputError if the file cannot be written.
@@ -51,6 +49,7 @@ def save_model(model: Any, path: str | os.PathLike[str], progress: Progress | No
         looking(done + 1, len(layers))
     description = _description(model, layers, manifest, tuple(sorted(floats)))
     write_tensors(path, entries, description.metadata(), writing)
+    return "" if sampling_of(model) else LOST.format(loader="LDM-Q Load model")
 
 
 def load_patched(model: Any) -> None:
@@ -93,17 +92,15 @@ def _description(
     model: Any, layers: dict[str, LDMQLayer], manifest: dict[str, Any], floats: tuple[str, ...]
 ) -> Description:
     base = model.model
-    settings = getattr(base.model_config, "sampling_settings", {})
+    model_type, sampling = sampling_of(model) or own_sampling(model)
     dtype = base.get_dtype()
-    plan = model.get_attachment(PLAN)
     return Description(
         layers=manifest,
         shapes={name: tuple(layer.geometry.shape) for name, layer in layers.items()},
         floats=floats,
         dtype=str(dtype if dtype in DTYPES.values() else torch.float32).removeprefix("torch."),
-        model_type=base.model_type.name,
-        sampling={key: settings[key] for key in SAMPLING if key in settings},
-        plan=plan if isinstance(plan, Plan) else None,
+        model_type=model_type,
+        sampling=sampling,
     )
 
 
@@ -116,8 +113,6 @@ def load_model(path: str | os.PathLike[str], progress: Progress | None = None) -
     with as_module_tensors():
         content = read_model(path, progress)
         model = build_model(content)
-    if content.plan is not None:
-        model.set_attachments(PLAN, content.plan)
     model.cached_patcher_init = (reload_model, (os.fspath(path),))
     return model
 

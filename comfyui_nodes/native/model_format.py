@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffusers_ldmq.allocator import release_file_pages
-from diffusers_ldmq.artifacts import Plan
 from diffusers_ldmq.errors import CheckpointError, LDMQError, place
 from diffusers_ldmq.headers import Header, read_headers
 from diffusers_ldmq.layers import QuantConv2d, QuantizedLayer, QuantLinear
@@ -43,7 +42,7 @@ class Description:
     layers: layer name -> {'scheme', 'tensors', 'rotation', 'rank'} as in a checkpoint's config.json; shapes: of their
     float weights; floats: names of all other tensors; dtype: the model's logical one; model_type: what the denoiser
     predicts, in ComfyUI's words ('EPS', 'V_PREDICTION', 'FLUX', ...); sampling: ComfyUI's settings of the noise
-    schedule; plan: what it was quantized by, where that is known.
+    schedule.
     """
 
     layers: dict[str, Any]
@@ -52,7 +51,6 @@ class Description:
     dtype: str
     model_type: str
     sampling: dict[str, Any]
-    plan: Plan | None = None
     ldmq_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -73,7 +71,6 @@ class Content:
     dtype: torch.dtype
     model_type: str
     sampling: dict[str, Any]
-    plan: Plan | None = None
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:
@@ -215,7 +212,6 @@ def _read(
         dtype=DTYPES[description.dtype],
         model_type=description.model_type,
         sampling=description.sampling,
-        plan=description.plan,
     )
 
 

@@ -6,6 +6,7 @@ takes them out when another clone is. Nothing of ComfyUI is changed.
 
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,9 +30,6 @@ from .ranges import InputRanges
 from .refusals import ROOT, denoiser_modules, refuse_unfit_model
 
 __all__ = ["fingerprint_of", "quantize_model", "quantized_layers_of", "refuse_unfit_model", "source_layers"]
-
-PLAN = "ldmq_plan"
-"""Key of the attachment that holds the Plan of a quantized ModelPatcher."""
 
 STOCK = ("torch.nn.", "comfy.ops")
 """Modules whose Linear and Conv2d compute what their names say; any other class has a forward of its own."""
@@ -72,7 +70,7 @@ def quantize_model(
     for done, (name, scheme) in enumerate(schemes.items()):
         with torch.inference_mode(False), torch.no_grad():
             known = ranges.ranges.get(name) if ranges is not None and scheme.is_static else None
-            layer = _quantized(clone, name, layers[name], scheme, known)
+            layer = _quantized(clone, name, layers[name], scheme, known, _repeated(progress, done, len(schemes)))
         size += _bytes(layer) - _bytes(layers[name])
         clone.add_object_patch(f"{ROOT}.{name}", layer)
         if progress:
@@ -81,7 +79,6 @@ def quantize_model(
     # without a new one ComfyUI takes the clone's weights for loaded when it switches between the two
     clone.patches_uuid = uuid.uuid4()
     guard(clone)
-    clone.set_attachments(PLAN, plan)
     return clone, _told(clone, dynamic, before)
 
 
@@ -160,15 +157,25 @@ def _plain_clone(model: Any) -> Any:
         ) from cause
 
 
-def _quantized(
-    patcher: Any, name: str, source: nn.Module, scheme: Scheme, known: tuple[float, int] | None
+def _repeated(progress: Progress | None, done: int, total: int) -> Callable[[], None] | None:
+    """Tells a progress the same again: an interrupt is heard there, and the search in one layer takes seconds."""
+    return None if progress is None else lambda: progress(done, total)
+
+
+def _quantized(  # noqa: PLR0913  (what one layer is made of)
+    patcher: Any,
+    name: str,
+    source: nn.Module,
+    scheme: Scheme,
+    known: tuple[float, int] | None,
+    told: Callable[[], None] | None,
 ) -> LDMQLayer:
     weight, bias = (_original(patcher, name, source, part) for part in ("weight", "bias"))
     assert weight is not None
     plain = nn.Module()
     plain.register_buffer("weight", weight.to("cpu", torch.float32))
     plain.register_buffer("bias", None)
-    state = layer_state(name, plain, scheme, KnownRange(*known) if known else None)
+    state = layer_state(name, plain, scheme, KnownRange(*known) if known else None, told)
     if bias is not None:
         state = replace(state, bias=bias.to("cpu", copy=True))
     return LDMQLayer(state, geometry_of(source), weight.dtype).eval()

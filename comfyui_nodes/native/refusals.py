@@ -42,9 +42,7 @@ def refuse_unfit_model(model: Any) -> None:
             )
     for name, module in modules.items():
         if isinstance(module, LDMQLayer):
-            raise LDMQError(
-                "this MODEL is quantized by LDM-Q already; connect the MODEL of the loader in front of LDM-Q Quantize"
-            )
+            raise LDMQError("this MODEL is quantized by LDM-Q already; connect the float MODEL that it was made from")
         _refuse_foreign(model, name, module)
 
 

@@ -4,10 +4,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..payloads import SELECTIONS
 from ..running import running, show_text
-from ..sockets import CALIBRATION, PLAN, sampling_inputs, schema, text_output
-
-SELECTIONS = ("first-step", "uniform")
+from ..sockets import AS_PLANNED, CALIBRATION, PLAN, sampling_inputs, schema, text_output
 
 
 class LDMQCalibrate(io.ComfyNode):
@@ -22,7 +21,10 @@ class LDMQCalibrate(io.ComfyNode):
             description="Measure the range of every layer's input that the plan quantizes, in a single sampling step.",
             search_aliases=["int8", "quantize", "activation ranges", "single step calibration"],
             inputs=[
-                io.Model.Input("model", tooltip="The float MODEL that the plan was made for."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The float MODEL that the plan was made for, with its LoRAs if you always use them.",
+                ),
                 PLAN.Input("plan", tooltip="From LDM-Q Plan."),
                 io.Conditioning.Input("positive", tooltip="A prompt that is typical of what you make."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt that you use with it."),
@@ -31,10 +33,12 @@ class LDMQCalibrate(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "selection",
-                    options=list(SELECTIONS),
-                    default="first-step",
-                    tooltip="first-step: one sampling step, where ranges are widest (the paper's way). uniform: every "
-                    "step of the schedule, which takes as long as sampling.",
+                    options=[AS_PLANNED, *SELECTIONS],
+                    default=AS_PLANNED,
+                    tooltip="as planned: what LDM-Q Plan (Advanced) says, else first-step. "
+                    "first-step: one sampling step, where ranges are widest (the paper's way). uniform: every "
+                    "step of the schedule, which takes as long as sampling; choose it if all layers are w8a8 and LDM-Q "
+                    "Compare shows too much.",
                 ),
                 *sampling_inputs(
                     "first_seed", "Seed of the first sample; the others count up. There is no need to vary it."
@@ -65,11 +69,12 @@ class LDMQCalibrate(io.ComfyNode):
         with running(cls, "Calibrating") as task:
             from ..native.capture import Sampling
             from ..native.measuring import calibrate_model
-            from ..payloads import from_ranges, to_plan
+            from ..payloads import from_ranges, selection_of, to_plan
             from ..texts import calibration_text
 
             sampling = Sampling(first_seed, steps, cfg, sampler_name, scheduler)
             chosen = to_plan(plan)
+            selection = selection_of(chosen) if selection == AS_PLANNED else selection
             ranges = calibrate_model(model, chosen, positive, negative, latent_image, sampling, selection, task)
             text = calibration_text(ranges)
         show_text(cls, text)

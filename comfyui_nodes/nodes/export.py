@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..files import STOCK_MODELS, name_problem, new_file
+from ..files import STOCK_MODELS, name_answer, new_file
 from ..running import running, show_text
 from ..sockets import accepted, schema, text_output
 
@@ -45,16 +45,16 @@ class LDMQExport(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         """Refuse a name that leaves the folder before anything runs."""
-        return True if filename_prefix is None else name_problem(filename_prefix) or True
+        return name_answer(filename_prefix)
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str, overwrite: bool) -> io.NodeOutput:
         """Run the node."""
-        with running(cls, "Exporting"):
+        with running(cls, "Exporting") as task:
             from ..native.export import export_model
 
             path = new_file(STOCK_MODELS, filename_prefix, overwrite=overwrite)
-            told = export_model(model, path)
+            told = export_model(model, path, task)
             text = f"Written as {path.name} in {path.parent} ({path.stat().st_size / 1e6:.1f} MB).\n{told}"
         show_text(cls, text)
         return io.NodeOutput(text)

@@ -1,12 +1,11 @@
 """LDM-Q Load model: a quantized MODEL from models/ldmq_models, or out of a quantized diffusers pipeline."""
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..files import MODELS, NO_FILE, existing, fingerprint, folder_fingerprint, listed
-from ..running import running, show_text
+from ..files import MODELS, NO_FILE, existing, fingerprint, folder_fingerprint, listed, source
+from ..running import Task, running, show_text
 from ..sockets import schema, text_output
 
 
@@ -19,8 +18,8 @@ class LDMQLoadModel(io.ComfyNode):
         return schema(
             "ldmq_load_model",
             display_name="LDM-Q Load model",
-            description="Load a quantized MODEL for KSampler, LoRA and ControlNet. It takes no more memory than its "
-            "file. Load the text encoder and the VAE with the usual nodes.",
+            description="Load a quantized MODEL for KSampler, LoRA and ControlNet. No float copy of it is ever "
+            "in memory. Load the text encoder and the VAE with the usual nodes.",
             search_aliases=["int8", "load checkpoint", "quantized model", "UNETLoader", "hugging face"],
             inputs=[
                 io.Combo.Input(
@@ -50,29 +49,30 @@ class LDMQLoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_file: str, folder_or_hub_id: str) -> io.NodeOutput:
         """Run the node."""
-        with running(cls, "Loading"):
+        with running(cls, "Loading") as task:
+            task.check()
             from ..native.patching import quantized_layers_of
             from ..texts import model_text
 
-            model = _loaded(model_file, folder_or_hub_id.strip())
+            model = _loaded(model_file, source(folder_or_hub_id), task)
             schemes = [layer.scheme.name for layer in quantized_layers_of(model).values()]
             text = model_text({name: schemes.count(name) for name in schemes}, model.model_size())
         show_text(cls, text)
         return io.NodeOutput(model, text)
 
 
-def _loaded(model_file: str, folder_or_hub_id: str) -> Any:
+def _loaded(model_file: str, folder_or_hub_id: str, progress: Task) -> Any:
     from diffusers_ldmq.errors import CheckpointError
 
     from ..native.denoiser_folders import load_denoiser
     from ..native.model_files import load_model
 
     if (model_file == NO_FILE) == (not folder_or_hub_id):
-        found = "neither" if model_file == NO_FILE else "both"
+        found = "neither is" if model_file == NO_FILE else "both are"
         raise CheckpointError(
-            f"{found} of model_file and folder_or_hub_id is given; choose a file that LDM-Q Save model wrote, or name "
-            "the folder or hub id of a quantized pipeline"
+            f"of model_file and folder_or_hub_id {found} given; choose a file that LDM-Q Save model wrote, or name the "
+            "folder or hub id of a quantized pipeline, and leave the other empty"
         )
     if model_file != NO_FILE:
-        return load_model(existing(MODELS, model_file))
-    return load_denoiser(str(Path(folder_or_hub_id).expanduser()) if folder_or_hub_id[0] in "~" else folder_or_hub_id)
+        return load_model(existing(MODELS, model_file), progress)
+    return load_denoiser(folder_or_hub_id, progress)

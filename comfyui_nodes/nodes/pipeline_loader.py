@@ -5,13 +5,13 @@ from typing import Any
 import comfy.model_management
 from comfy_api.latest import io
 
+from ..payloads import SELECTIONS
 from ..pipeline_folders import BUNDLED, choices, model_of, stamp
 from ..presets import DEFAULT, PRESETS
 from ..running import running, show_text
-from ..sockets import PIPELINE, PLAN, accepted, schema, text_output
+from ..sockets import PIPELINE, PLAN, accepted, schema, steps_input, text_output
 
 AS_IT_IS = "no, as it is"
-SELECTIONS = ("first-step", "uniform")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -57,7 +57,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                     default="",
                     advanced=True,
                     tooltip="What the quantized pipeline must reach, instead of the preset's own rule: sqnr>=30dB, "
-                    "size<=0.3x, int8>=80%, or several with commas between. It is measured at the end.",
+                    "size<=0.3x, size<=900MB, int8>=80%, or several with commas between. It is measured at the end.",
                 ),
                 accepted(
                     io.Combo.Input,
@@ -68,15 +68,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                     tooltip="first-step: activation ranges from the first sampling step, where they are widest. "
                     "uniform: from every step of the schedule, which takes longer.",
                 ),
-                accepted(
-                    io.Int.Input,
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=1000,
-                    advanced=True,
-                    tooltip="Sampling steps to measure with. Use the number that you sample with.",
-                ),
+                steps_input("Sampling steps to measure with. Use the number that you sample with.", advanced=True),
                 accepted(
                     io.Combo.Input,
                     "dtype",
@@ -89,7 +81,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                 PLAN.Input(
                     "plan",
                     optional=True,
-                    tooltip="A plan that was made for this very pipeline, from LDM-Q Plan (advanced), which opens "
+                    tooltip="A plan that was made for this very pipeline, from LDM-Q Plan (Advanced), which opens "
                     "files; it goes before the preset. Plans of a MODEL do not fit.",
                 ),
             ],
@@ -121,6 +113,9 @@ class LDMQPipelineLoader(io.ComfyNode):
             from ..payloads import to_plan
             from ..pipelines import Order, load, told_of
 
+            device = comfy.model_management.get_torch_device()
+            if device.type != "cpu":  # how much memory a pipeline takes ComfyUI does not know
+                comfy.model_management.unload_all_models()
             order = Order(
                 model=model_of(model, hub_id_or_folder),
                 preset=None if quantize == AS_IT_IS else PRESETS[quantize],
@@ -129,7 +124,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                 calibration=calibration,
                 steps=steps,
                 dtype=dtype,
-                device=str(comfy.model_management.get_torch_device()),
+                device=str(device),
             )
             pipeline = load(order, task.stage, comfy.model_management.throw_exception_if_processing_interrupted)
             text = told_of(pipeline)

@@ -6,7 +6,7 @@ import comfy.model_management
 from comfy_api.latest import io
 
 from ..running import running, show_text
-from ..sockets import LARGEST_SEED, PIPELINE, accepted, schema
+from ..sockets import PIPELINE, accepted, cfg_input, schema, seed_input, steps_input
 
 LARGEST_SIDE = 16384
 PREVIEW_SIDE = 512
@@ -40,28 +40,10 @@ class LDMQPipelineSampler(io.ComfyNode):
                     multiline=True,
                     tooltip="What not to draw. Leave it empty for pipelines that take no negative prompt.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=1000,
-                    tooltip="Sampling steps, with the pipeline's own scheduler.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=5.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Guidance scale: how closely to follow the prompt. Not used by pipelines without one.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=LARGEST_SEED,
-                    tooltip="Noise to start from. The same seed gives the same picture; a batch counts up from it.",
+                steps_input("Sampling steps, with the pipeline's own scheduler."),
+                cfg_input(5.0, "Guidance scale: how closely to follow the prompt. Not used by pipelines without one."),
+                seed_input(
+                    "seed", "Noise to start from. The same seed gives the same picture; a batch counts up from it."
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures."),
                 accepted(
@@ -103,7 +85,7 @@ class LDMQPipelineSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         """Run the node."""
         with running(cls, "Sampling") as task:
-            from ..pipelines import Wish, sample, unused
+            from ..pipelines import Wish, bring_back, sample, unused
 
             wish = Wish(prompt, negative, steps, cfg, seed, width, height, batch_size)
 
@@ -114,6 +96,7 @@ class LDMQPipelineSampler(io.ComfyNode):
                     task.preview(done, total, ("JPEG", picture, PREVIEW_SIDE))
 
             check = comfy.model_management.throw_exception_if_processing_interrupted
+            bring_back(pipeline, comfy.model_management.unload_all_models)
             image = sample(pipeline, wish, told, check)
             text = unused(pipeline)
         show_text(cls, text)

@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..files import PIPELINES, name_problem, new_file
+from ..files import PIPELINES, name_answer, new_file
 from ..running import running, show_text
 from ..sockets import PIPELINE, schema, text_output
 
@@ -19,8 +19,8 @@ class LDMQPipelineSave(io.ComfyNode):
             "ldmq_pipeline_save",
             display_name="LDM-Q Pipeline save",
             description="Save a pipeline as an ordinary diffusers folder in models/ldmq_pipelines, where LDM-Q "
-            "Pipeline loader lists it. It opens in Python and can be pushed to the hub; its denoiser "
-            "opens in LDM-Q Load model.",
+            "Pipeline loader lists it. It opens in Python and can be pushed to the hub; the U-Net "
+            "of an SD 1.5, SD 2 or SDXL pipeline also opens in LDM-Q Load model.",
             search_aliases=["diffusers", "save pretrained", "export pipeline", "hugging face"],
             inputs=[
                 PIPELINE.Input("pipeline", tooltip="From LDM-Q Pipeline loader; usually a quantized one."),
@@ -38,7 +38,7 @@ class LDMQPipelineSave(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         """Refuse a name that leaves the folder before anything runs."""
-        return True if filename_prefix is None else name_problem(filename_prefix) or True
+        return name_answer(filename_prefix)
 
     @classmethod
     def execute(cls, pipeline: Any, filename_prefix: str) -> io.NodeOutput:
@@ -48,8 +48,7 @@ class LDMQPipelineSave(io.ComfyNode):
 
             task(0, 1)
             folder = new_file(PIPELINES, filename_prefix)
-            save(pipeline, folder)
-            task(1, 1)
+            save(pipeline, folder, task)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             text = f"Saved as {folder.name} in {folder.parent} ({size / 1e6:.1f} MB)."
             text += "" if is_quantized(pipeline) else " It is not quantized: an ordinary float pipeline."

@@ -41,13 +41,15 @@ class LDMQPlan(io.ComfyNode):
     @classmethod
     def execute(cls, profile: dict[str, Any], preset: str) -> io.NodeOutput:
         """Run the node."""
-        with running(cls, "Planning"):
+        with running(cls, "Planning") as task:
+            task.check()
             from ..charts import plan_chart
             from ..payloads import from_plan, to_profile
             from ..texts import plan_text
 
             measured = to_profile(profile)
-            plan = preset_plan(measured, preset)
-            chart, text = plan_chart(plan, measured), plan_text(plan, measured, PRESETS[preset].explanation)
+            plan, words = preset_plan(measured, preset)
+            task.check()
+            chart, text = plan_chart(plan, measured), plan_text(plan, measured, words)
         show_text(cls, text)
         return io.NodeOutput(from_plan(plan), chart, text, ui=ui.PreviewImage(chart, cls=cls))

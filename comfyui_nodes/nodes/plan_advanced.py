@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from ..files import NO_FILE, PLANS, existing, fingerprint, listed, name_problem, new_file
+from ..files import NO_FILE, PLANS, existing, fingerprint, listed, name_answer, new_file
+from ..payloads import SELECTIONS
 from ..running import running, show_text
 from ..sockets import PLAN, PROFILE, accepted, schema, text_output
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from diffusers_ldmq.artifacts import Plan, Profile
 
 PLANNERS = ("budget", "hybrid", "uniform")
-SCHEMES = ("w8a8", "w8a8-dyn", "w8a16", "w4a8", "w4a8-dyn", "w4a16")
+SCHEMES = ("w8a8", "w8a8-dyn", "w8a16", "w4a8", "w4a8-dyn", "w4a16", "w4a16-g64")
 
 
 class LDMQPlanAdvanced(io.ComfyNode):
@@ -51,7 +52,8 @@ class LDMQPlanAdvanced(io.ComfyNode):
                     options=list(SCHEMES),
                     default="w8a8",
                     tooltip="Lowest precision: w = bits of the weights, a = bits of the layer's input (16: floating "
-                    "point). -dyn takes the input's range from every call and needs no LDM-Q Calibrate.",
+                    "point). -dyn takes the input's range from every call and needs no LDM-Q Calibrate. -g64: one "
+                    "scale for 64 inputs, for the planner uniform only.",
                 ),
                 accepted(
                     io.String.Input,
@@ -60,6 +62,15 @@ class LDMQPlanAdvanced(io.ComfyNode):
                     advanced=True,
                     tooltip="Layers or blocks that stay in floating point, names with commas between; none: quantize "
                     "all; default: what the planner would keep.",
+                ),
+                accepted(
+                    io.Combo.Input,
+                    "calibration",
+                    options=list(SELECTIONS),
+                    default=SELECTIONS[0],
+                    advanced=True,
+                    tooltip="What LDM-Q Calibrate looks at for this plan. first-step: one sampling step, where ranges "
+                    "are widest. uniform: every step of the schedule, which takes as long as sampling.",
                 ),
                 io.Combo.Input(
                     "load_plan",
@@ -85,7 +96,7 @@ class LDMQPlanAdvanced(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, save_as: str | None = None) -> bool | str:
         """Refuse a name that leaves the folder before anything runs."""
-        return True if not save_as else name_problem(save_as) or True
+        return name_answer(save_as or None)
 
     @classmethod
     def fingerprint_inputs(cls, load_plan: str = NO_FILE, **others: Any) -> str:
@@ -99,21 +110,24 @@ class LDMQPlanAdvanced(io.ComfyNode):
         planner: str,
         scheme: str,
         keep_float: str,
+        calibration: str,
         load_plan: str,
         save_as: str,
         profile: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         """Run the node."""
-        with running(cls, "Planning"):
+        with running(cls, "Planning") as task:
+            task.check()
             from ..charts import plan_chart
-            from ..payloads import from_plan, to_profile
+            from ..payloads import from_plan, to_profile, with_selection
             from ..texts import plan_text
 
             measured = None if profile is None else to_profile(profile)
             if load_plan == NO_FILE:
-                plan = _made(measured, target, planner, scheme, keep_float)
+                plan = with_selection(_made(measured, target, planner, scheme, keep_float), calibration)
             else:
                 plan = _loaded(load_plan, measured)
+            task.check()
             text = plan_text(plan, measured)
             if save_as:
                 path = new_file(PLANS, save_as)
@@ -134,6 +148,11 @@ def _made(profile: "Profile | None", target: str, planner: str, scheme: str, kee
         raise PlanError(
             f"the planner hybrid needs a block curve in {scheme}, and LDM-Q Profile measured one in "
             f"{profile.curve.scheme}; choose the planner budget, or the scheme {profile.curve.scheme}"
+        )
+    if planner == "budget" and scheme not in profile.settings.get("schemes", [scheme]):
+        raise PlanError(
+            f"LDM-Q Profile does not measure {scheme}, and the planner budget needs that; choose the planner uniform, "
+            "or another scheme"
         )
     return make_plan(
         profile, target.strip() or None, planner=planner, scheme=scheme, keep_float=keep_float.strip() or "default"

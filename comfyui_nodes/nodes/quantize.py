@@ -22,7 +22,11 @@ class LDMQQuantize(io.ComfyNode):
             "own size.",
             search_aliases=["int8", "int4", "vram", "smaller model", "faster", "compress"],
             inputs=[
-                io.Model.Input("model", tooltip="The float MODEL that the plan was made for. LoRAs before or after."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The float MODEL that the plan was made for. LoRAs before or after; one "
+                    "that you always use goes before LDM-Q Calibrate.",
+                ),
                 PLAN.Input("plan", tooltip="From LDM-Q Plan."),
                 CALIBRATION.Input(
                     "calibration",

@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..files import MODELS, name_problem, new_file
+from ..files import MODELS, name_answer, new_file
 from ..running import running, show_text
 from ..sockets import accepted, schema, text_output
 
@@ -43,7 +43,7 @@ class LDMQSaveModel(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         """Refuse a name that leaves the folder before anything runs."""
-        return True if filename_prefix is None else name_problem(filename_prefix) or True
+        return name_answer(filename_prefix)
 
     @classmethod
     def execute(cls, model: Any, filename_prefix: str, overwrite: bool) -> io.NodeOutput:
@@ -52,7 +52,7 @@ class LDMQSaveModel(io.ComfyNode):
             from ..native.model_files import save_model
 
             path = new_file(MODELS, filename_prefix, overwrite=overwrite)
-            save_model(model, path, task)
-            text = f"Saved as {path.name} in {path.parent} ({path.stat().st_size / 1e6:.1f} MB)."
+            told = save_model(model, path, task)
+            text = f"Saved as {path.name} in {path.parent} ({path.stat().st_size / 1e6:.1f} MB).\n{told}".rstrip()
         show_text(cls, text)
         return io.NodeOutput(text)

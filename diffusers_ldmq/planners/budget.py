@@ -16,7 +16,7 @@ from scipy.optimize import LinearConstraint
 from scipy.sparse import csr_array
 
 from ..artifacts import LayerChoice, Plan, Profile
-from ..errors import PlanError
+from ..errors import PlanError, TargetError
 from ..specs import parse_scheme
 from ..tables import LayerTable
 from .contract import MIN_INTEGER_SHARE, Request, Target, fp32_bytes, integer_share, layer_bytes, plan_bytes
@@ -77,7 +77,7 @@ def budget(table: LayerTable, profile: Profile | None, request: Request) -> Plan
         if picked is not None:
             break
     if picked is None:
-        raise PlanError(_out_of_reach(table, options, limits, request))
+        raise TargetError(_out_of_reach(table, options, limits, request))
     schemes = {n: options.schemes[c] for c in picked for n in options.groups[options.of_group[c]]}
     return _plan(table, request, prediction, schemes, kept)
 

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from ..artifacts import LayerChoice, Plan, Profile
-from ..errors import PlanError
+from ..errors import PlanError, TargetError
 from ..specs import parse_scheme
 from ..tables import LayerTable
 from .contract import MIN_INTEGER_SHARE, Request, fp32_bytes, integer_share, plan_bytes
@@ -148,7 +148,7 @@ def _cut(state: _Hybrid, curve: _Curve) -> tuple[int, int]:
         return next((k for k in range(first, count) if share(k) >= MIN_INTEGER_SHARE), count), count
     fitting = [cut for cut in state.cuts() if _fits(state, *cut)]
     if not fitting:
-        raise PlanError(_out_of_reach(state))
+        raise TargetError(_out_of_reach(state))
     if target.min_sqnr_db is None:
         suffixes = [cut for cut, whole in fitting if whole == count]
         integer = [cut for cut in suffixes if share(cut) >= MIN_INTEGER_SHARE]
@@ -158,7 +158,7 @@ def _cut(state: _Hybrid, curve: _Curve) -> tuple[int, int]:
         if db >= target.min_sqnr_db:
             return cut
     best = max(db for _, db in reached)
-    raise PlanError(
+    raise TargetError(
         f"target {target.text!r} cannot be met: the best {state.request.scheme} plan that still quantizes anything is "
         f"predicted to reach {best:.1f} dB, {target.min_sqnr_db - best:.1f} dB short; lower the target"
     )

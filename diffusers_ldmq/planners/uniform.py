@@ -1,7 +1,7 @@
 """Every Linear and Conv2d in one scheme: the papers' baseline. Needs no profile."""
 
 from ..artifacts import LayerChoice, Plan, Profile
-from ..errors import PlanError
+from ..errors import TargetError
 from ..tables import LayerTable
 from .contract import Request, fp32_bytes, plan_bytes
 
@@ -22,7 +22,7 @@ def uniform(table: LayerTable, profile: Profile | None, request: Request) -> Pla
     limit = request.target.byte_limit(table) if request.target else None
     size = plan_bytes(table, plan.quantized())
     if limit is not None and size > limit:
-        raise PlanError(
+        raise TargetError(
             f"target {plan.target!r} cannot be met: uniform {request.scheme} takes {size / 1e6:.1f} MB "
             f"({size / fp32_bytes(table):.3f}x of fp32); choose a smaller scheme such as w4a8 or a larger target"
         )

@@ -43,6 +43,21 @@ def test_the_stock_loader_opens_it_and_loras_work_on_it(stock: ModuleType, tmp_p
     assert sqnr(changed, ours) > 20  # ComfyUI rounds the patched weight anew, with a scale of its own
 
 
+def test_weight_only_layers_ask_the_stock_loader_for_float_inputs(stock: ModuleType, tmp_path: Path):
+    """ComfyUI up to 0.30 rounds them all the same; what is tested is how near the picture stays and that it is said."""
+    path = tmp_path / "model.safetensors"
+    weight_only = quantized_cut("w8a16", "float", stages=2)
+    text = export(weight_only, path)
+    assert "70 of the int8 layers are weight-only here" in text
+    assert "rounds each row of them to 8 bits" in text
+    exported = stock.sd.load_diffusion_model(str(path))
+    asked = [m for m in exported.model.diffusion_model.modules() if getattr(m, "_full_precision_mm", False)]
+    assert len(asked) == 70
+    expected = sample_cut(cut_model(stages=2))
+    assert sqnr(expected, sample_cut(weight_only)) > 32
+    assert sqnr(expected, sample_cut(exported)) > 28
+
+
 def test_only_linear_layers_with_8_bit_weights_are_integers(comfy: ModuleType, tmp_path: Path):
     from comfyui_nodes.native.patching import quantized_layers_of
 

@@ -120,6 +120,25 @@ def test_a_patch_lands_in_the_layers_own_coordinates(kind: str, comfy: ModuleTyp
     assert sqnr(dense(x, weight + delta, source.bias), layer(x)) > 35
 
 
+@pytest.mark.parametrize(("scheme", "patched"), [("w8a8", "w8a8-dyn"), ("w4a8", "w8a8-dyn"), ("w8a16", "w8a16")])
+def test_a_calibrated_range_rests_while_a_patch_is_in_the_weight(scheme: str, patched: str, comfy: ModuleType) -> None:
+    layer, x = made("linear", scheme), input_of("linear")
+    before, range_, original = layer(x), layer.state().input_scale, layer.weight
+    layer.set_weight(layer.convert_weight(original) * 2)
+    assert (layer.scheme.name, layer.state().input_scale) == (patched, None)
+    moved = layer.weight.to("cpu", copy=True)  # what ComfyUI does when it offloads a loaded layer
+    twin = copy.deepcopy(layer)
+    layer.weight = nn.Parameter(moved, requires_grad=False)
+    for other in (layer, twin):
+        assert other.scheme.name == patched
+        other.weight = nn.Parameter(original, requires_grad=False)
+        assert (other.scheme.name, other.state().input_scale) == (scheme, range_)
+        assert torch.equal(other(x), before)
+    returned = layer.set_weight(layer.convert_weight(original) * 2, return_weight=True)
+    layer.weight = nn.Parameter(returned, requires_grad=False)
+    assert layer.scheme.name == patched
+
+
 def test_setting_a_bias_is_heard(comfy: ModuleType) -> None:
     layer, x = made("linear", "w8a8-dyn"), input_of("linear")
     before = layer(x)

@@ -5,19 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from comfy_kitchen import tensor as kitchen
 from torch import Tensor
 
+from comfyui_nodes.native import layouts
 from diffusers_ldmq.affine import dequantize_weight, hadamard
 from diffusers_ldmq.calibration import layer_state
 from diffusers_ldmq.errors import CalibrationError, LDMQError
 from diffusers_ldmq.metrics import Power
 from diffusers_ldmq.specs import LayerState, parse_scheme
-
-kitchen = pytest.importorskip(
-    "comfy_kitchen.tensor",
-    reason="comfy-kitchen is not installed: our layouts were not tested",
-)
-layouts = pytest.importorskip("comfyui_nodes.native.layouts")
 
 SHAPES = {"linear": (6, 10), "odd": (5, 7), "conv": (8, 4, 3, 3)}
 SCHEMES = ["w8a16", "w4a16", "w4a16-g4"]

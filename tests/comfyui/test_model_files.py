@@ -48,8 +48,6 @@ def saved(imported_comfy: ModuleType, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize(("linear", "conv"), SCHEMES)
 def test_a_loaded_model_draws_what_the_quantized_one_drew(linear: str, conv: str, comfy: ModuleType, tmp_path: Path):
-    from comfyui_nodes.native.patching import PLAN
-
     model = quantized_cut(linear, conv)
     expected = sample_cut(model)
     path = save(model, tmp_path / "model.safetensors")
@@ -59,7 +57,6 @@ def test_a_loaded_model_draws_what_the_quantized_one_drew(linear: str, conv: str
     assert save(loaded, tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     assert loaded.model_size() == pytest.approx(model.model_size(), rel=1e-3)
     assert loaded.clone().model_size() == loaded.model_size()
-    assert loaded.clone().get_attachment(PLAN) == model.get_attachment(PLAN) is not None
 
 
 def test_a_lora_on_a_loaded_model_comes_and_goes(comfy: ModuleType, saved: Path):
@@ -166,12 +163,42 @@ def test_what_the_model_predicts_is_stored(comfy: ModuleType, tmp_path: Path):
     assert torch.equal(sample_cut(loaded), sample_cut(model))
 
 
+@pytest.mark.parametrize(("sampling", "stored"), [("v_prediction", True), ("x0", False)])
+def test_a_model_sampling_patch_is_stored_or_missed_in_words(
+    sampling: str, stored: bool, comfy: ModuleType, tmp_path: Path
+):
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    from comfyui_nodes.native.export import export_model
+    from comfyui_nodes.native.model_files import save_model
+
+    model = ModelSamplingDiscrete().patch(quantized_cut("w8a16", "w8a16"), sampling, True)[0]
+    told = save_model(model, tmp_path / "model.safetensors")
+    assert ("ModelSampling node behind LDM-Q Load model" in told) is not stored
+    assert "ModelSampling node behind" in export_model(model, tmp_path / "exported.safetensors")
+    loaded = load(tmp_path / "model.safetensors")
+    assert torch.equal(sample_cut(loaded), sample_cut(model)) is stored
+
+
 def test_nodes_that_want_a_model_of_their_own_get_it(comfy: ModuleType, saved: Path):
     model = load(saved)
     factory, arguments = model.cached_patcher_init
     again = factory(*arguments, disable_dynamic=True)
     assert again.model is not model.model
     assert torch.equal(sample_cut(again), sample_cut(model))
+
+
+def test_several_gpus_get_loaded_models_only(comfy: ModuleType, saved: Path):
+    model = load(saved)
+    if not hasattr(model, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI has no sampling on several GPUs: that it is refused was not tested")
+    twin = model.deepclone_multigpu()
+    assert twin.model is not model.model
+    assert torch.equal(sample_cut(twin), sample_cut(model))
+    fresh = quantized_cut("w8a16", "w8a16")
+    fresh.cached_patcher_init = (cut_model, ())
+    with pytest.raises(LDMQError, match="LDM-Q Load model"):
+        fresh.deepclone_multigpu()
 
 
 def test_a_loaded_model_is_not_quantized_again(comfy: ModuleType, saved: Path):

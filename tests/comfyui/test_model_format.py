@@ -159,7 +159,6 @@ HEADERS: dict[str, tuple[dict[str, object], str]] = {
     "shape of text": ({"shapes": {name: ["a", "b"] for name in SHAPES}}, "expected int"),
     "unknown dtype": ({"dtype": "float8_e4m3fn"}, "expected one of"),
     "unknown key": ({"author": "me"}, "unknown keys"),
-    "plan that is none": ({"plan": {"planner": "mine"}}, "missing keys"),
 }
 
 

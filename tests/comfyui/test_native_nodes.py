@@ -73,6 +73,7 @@ def test_every_native_node_does_its_part(folders: Path, profile: dict[str, Any],
     model = tiny_model()
     before = sample(model)
     assert "119 Linear and Conv2d layers" in known["text"]
+    assert f"in {profile['profile']['settings']['cost_in_calls']} calls of the model" in known["text"]
     assert known["chart"].shape[0] == 1
     plan, _, told = run("ldmq_plan", profile=profile, preset="Balanced")
     assert "Predicted:" in told
@@ -88,6 +89,14 @@ def test_every_native_node_does_its_part(folders: Path, profile: dict[str, Any],
     assert (folders / "ldmq_models" / "sub" / "tiny_00001_.safetensors").is_file()
     assert torch.equal(sample(model), before), "the MODEL that went in is as it was"
     assert sqnr(before, sample(quantized)) > 15
+
+
+def test_calibrating_as_planned_looks_at_the_plan_s_steps(profile: dict[str, Any]) -> None:
+    inputs = {"profile": profile, "planner": "uniform", "calibration": "uniform"}
+    plan, *_ = run("ldmq_plan_advanced", **inputs)
+    for given, expected in (({}, "uniform"), ({"selection": "first-step"}, "first-step")):
+        ranges, _ = run("ldmq_calibrate", model=tiny_model(), plan=plan, **scene(**given))
+        assert ranges["selection"] == expected
 
 
 def test_without_a_calibration_the_node_says_what_runs_instead(profile: dict[str, Any]) -> None:
@@ -127,6 +136,40 @@ def test_stopping_at_any_node_ends_it_and_the_next_run_works(profile: dict[str, 
             assert calls[0] == 3, node
         management.interrupt_current_processing(False)
         assert torch.equal(sample(model), before)
+
+
+def test_stopping_what_plans_and_handles_files_ends_it_and_leaves_no_file(
+    folders: Path, profile: dict[str, Any]
+) -> None:
+    from comfyui.cut_models import quantized_cut, sample_cut
+
+    management = sys.modules["comfy.model_management"]
+    quantized = quantized_cut("w8a8-dyn", "w8a16")
+    before = sample_cut(quantized)
+    run("ldmq_save_model", model=quantized, filename_prefix="cut")
+    nodes = {
+        "ldmq_plan": (2, {"profile": profile, "preset": "Balanced"}),
+        "ldmq_plan_advanced": (2, {"profile": profile, "save_as": "x"}),
+        "ldmq_save_model": (3, {"model": quantized}),
+        "ldmq_export": (3, {"model": quantized}),
+        "ldmq_load_model": (3, {"model_file": "cut_00001_.safetensors"}),
+    }
+    kept = _files(folders)
+    for node, (count, inputs) in nodes.items():
+        with pytest.MonkeyPatch.context() as patched:
+            calls = _stop_after(count, management, patched)
+            with pytest.raises(management.InterruptProcessingException):
+                run(node, **inputs)
+            assert calls[0] == count, node
+        management.interrupt_current_processing(False)
+        assert _files(folders) == kept, node
+    assert torch.equal(sample_cut(quantized), before)
+    loaded, _ = run("ldmq_load_model", model_file="cut_00001_.safetensors")
+    assert sqnr(before, sample_cut(loaded)) > 60
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _stop_after(count: int, management: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -193,8 +236,8 @@ def _offered(node_id: str, name: str) -> list[str]:
 
 
 def test_load_model_wants_exactly_one_source(folders: Path) -> None:
-    for given, found in (({}, "neither"), ({"model_file": "a.safetensors", "folder_or_hub_id": "me/x"}, "both")):
-        with pytest.raises(LDMQError, match=f"^{found} of model_file"):
+    for given, found in (({}, "neither is"), ({"model_file": "a.safetensors", "folder_or_hub_id": "me/x"}, "both are")):
+        with pytest.raises(LDMQError, match=f"folder_or_hub_id {found} given"):
             run("ldmq_load_model", **given)
     with pytest.raises(LDMQError, match="press R"):
         run("ldmq_load_model", model_file="gone.safetensors")

@@ -25,7 +25,7 @@ def replaced(model: Any, layer: nn.Module) -> Any:
 def test_a_model_that_is_quantized_already(comfy: ModuleType) -> None:
     clone = quantized(tiny_model())
     with pytest.raises(
-        LDMQError, match="quantized by LDM-Q already; connect the MODEL of the loader in front of LDM-Q"
+        LDMQError, match="quantized by LDM-Q already; connect the float MODEL"
     ):
         quantized(clone)
     with pytest.raises(LDMQError, match="already"):

@@ -43,7 +43,6 @@ NAMES = (
     "folder_paths.models_dir",
     "comfy.utils.ProgressBar",
     "comfy.utils.ProgressBar.update_absolute",
-    "comfy.model_management.OOM_EXCEPTION",
     "comfy.model_management.InterruptProcessingException",
     "comfy.model_management.processing_interrupted",
     "comfy.model_management.soft_empty_cache",

@@ -135,7 +135,6 @@ class StandIn:
         modules["comfy.utils"].ProgressBar = lambda total: SimpleNamespace(update_absolute=self._progress)
         management = modules["comfy.model_management"]
         management.InterruptProcessingException = Interrupted
-        management.OOM_EXCEPTION = type("OutOfMemory", (RuntimeError,), {})
         management.throw_exception_if_processing_interrupted = self._check
         management.processing_interrupted = lambda: self.interrupted
         management.soft_empty_cache = lambda: None

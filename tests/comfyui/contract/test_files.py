@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from comfyui.contract.standin import StandIn
 
-from diffusers_ldmq.errors import OutputError
+from diffusers_ldmq.errors import CheckpointError, OutputError
 
 HOSTILE = [
     "../../x",
@@ -24,6 +24,10 @@ HOSTILE = [
     "",
     " ",
     "a/",
+    "x" * 300,
+    "é" * 101,
+    "a\ud800",
+    "\udcff",
 ]
 
 
@@ -36,6 +40,36 @@ def test_a_name_that_leaves_the_folder_or_cannot_be_is_refused_in_words(stand_in
         with pytest.raises(OutputError, match=r"choose another|write"):
             new_file(MODELS, name, overwrite=overwrite)
     assert not [path for path in stand_in.base.rglob("*") if path.is_file()]
+
+
+def test_the_longest_name_can_be_written_and_a_file_is_no_folder(stand_in: StandIn) -> None:
+    from comfyui_nodes.files import LONGEST, MODELS, new_file
+    from diffusers_ldmq.output import file_beside
+
+    for overwrite in (False, True):
+        path = new_file(MODELS, "x" * LONGEST, overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_beside(path) as beside:
+            beside.write_bytes(b"")
+        assert path.is_file()
+        (path.parent / "taken").write_bytes(b"")
+        for name in ("taken/x", "taken/x/y"):
+            with pytest.raises(OutputError, match=r"is a file; choose another name"):
+                new_file(MODELS, name, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("named", ["x" * 400, "a\ud800", "a\x00b", f"~/{'x' * 256}"])
+def test_what_is_neither_folder_nor_hub_id_is_refused_in_words(stand_in: StandIn, named: str) -> None:
+    from comfyui_nodes.files import folder_fingerprint, source
+    from comfyui_nodes.pipeline_folders import BUNDLED, model_of
+
+    assert folder_fingerprint(named) == ""
+    for read in (source, lambda text: model_of(BUNDLED, text)):
+        with pytest.raises(CheckpointError, match=r"neither a folder nor a hub id.*owner/name") as caught:
+            read(named)
+        assert str(caught.value).isprintable()
+    assert source(" owner/name ") == "owner/name"
+    assert source("~/x") == str(Path.home() / "x")
 
 
 def test_a_link_that_leads_outside_is_refused(stand_in: StandIn, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -120,6 +154,9 @@ def test_a_fingerprint_changes_with_the_file(stand_in: StandIn) -> None:
     before = folder_fingerprint(str(stand_in.base / "models"))
     _changed(path, "3")
     assert before != folder_fingerprint(str(stand_in.base / "models")) != ""
+    before = folder_fingerprint(str(path.parent))
+    _changed(path, "of the folder itself")
+    assert before != folder_fingerprint(str(path.parent)) != ""
     assert folder_fingerprint("") == folder_fingerprint("name/model") == ""
 
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 from comfyui.contract.locales import ROOT
+from comfyui.contract.standin import StandIn
 
 PROGRAM = Path(__file__).with_name("as_comfyui.py")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-COMFYUI_BRINGS = {"torch", "transformers", "numpy"}
+COMFYUI_BRINGS = {"torch", "numpy"}
 """Installing these again could change what ComfyUI runs on."""
+UNBOUNDED = {"huggingface_hub"}
+"""Requirements without a version of ours: transformers and diffusers say which one they bear."""
 
 
 def loaded(folder: Path, how: str = "") -> dict[str, Any]:
@@ -88,10 +91,25 @@ def test_requirements_are_the_package_s_without_what_comfyui_brings() -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     # ComfyUI-Manager installs line by line: no options, no links, no comments
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+(>=[0-9.]+)?", line) for line in lines)
+    # diffusers brings a hub library that transformers 4 does not start with, so a newer one has to be there first
+    assert lines[0] == "transformers>=5"
     named = {re.split(">", line)[0]: line for line in lines}
     needed = {re.split(">", line)[0]: line for line in PROJECT["project"]["dependencies"]}
     assert set(named) == set(needed) - COMFYUI_BRINGS | {"comfy-kitchen"}
-    assert all(named[name] == needed[name] for name in set(named) & set(needed))
+    assert all(named[name] == name for name in UNBOUNDED)
+    assert all(named[name] == needed[name] for name in (set(named) & set(needed)) - UNBOUNDED)
+    tested = {re.split(">", line)[0]: line for line in PROJECT["project"]["optional-dependencies"]["test"]}
+    assert named["comfy-kitchen"] == tested["comfy-kitchen"]
+
+
+def test_the_nodes_know_their_requirements_by_name(stand_in: StandIn) -> None:
+    from comfyui_nodes.running import MODULES, TRANSFORMERS
+
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    other = {"Pillow": "PIL", "PyYAML": "yaml", "comfy-kitchen": "comfy_kitchen"}
+    names = {re.split(">", line)[0] for line in lines}
+    assert {other.get(name, name) for name in names} | COMFYUI_BRINGS | {"diffusers_ldmq"} == MODULES
+    assert f"transformers>={TRANSFORMERS}" in PROJECT["project"]["dependencies"]
 
 
 def test_the_project_says_what_comfyui_s_registry_asks() -> None:

@@ -46,7 +46,7 @@ def test_payloads_are_json_and_come_back_as_they_went(newest: StandIn, profile: 
     from comfyui_nodes.payloads import from_plan, from_profile, from_ranges, to_plan, to_profile, to_ranges
     from comfyui_nodes.presets import preset_plan
 
-    plan = preset_plan(profile, "Balanced")
+    plan, _ = preset_plan(profile, "Balanced")
     ranges = InputRanges("abc", {"a.b": (0.25, -3)}, "first-step", "minmax-affine", 4)
     through = lambda value: json.loads(json.dumps(value))  # noqa: E731
     assert to_profile(through(from_profile(profile))) == profile
@@ -98,7 +98,7 @@ def test_a_preset_keeps_what_it_promises(newest: StandIn, profile: Profile, payl
 def test_presets_go_from_the_most_exact_to_the_smallest(newest: StandIn, profile: Profile) -> None:
     from comfyui_nodes.presets import DEFAULT, PRESETS, preset_plan
 
-    plans = [preset_plan(profile, name) for name in PRESETS]
+    plans = [preset_plan(profile, name)[0] for name in PRESETS]
     quality = [plan.predicted_sqnr_db or 0.0 for plan in plans]
     sizes = [plan_bytes(profile.table, plan.quantized()) for plan in plans]
     assert quality == sorted(quality, reverse=True)
@@ -106,14 +106,30 @@ def test_presets_go_from_the_most_exact_to_the_smallest(newest: StandIn, profile
     assert DEFAULT in PRESETS
 
 
-def test_a_preset_works_on_a_model_that_cannot_get_that_small(
-    newest: StandIn, toy: Any, toy_profile: Callable[[Any], Profile]
+def test_a_preset_that_a_model_cannot_meet_says_so_and_what_was_planned(
+    newest: StandIn, profile: Profile, payload: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comfyui_nodes.nodes.plan import LDMQPlan
+    from comfyui_nodes.payloads import to_plan
+    from comfyui_nodes.presets import PRESETS, Preset
+
+    monkeypatch.setitem(PRESETS, "Smallest", Preset("w4a8", "size<=0.01x", "Smallest: 0.02x of an fp16 model."))
+    told, _, text = LDMQPlan.execute(payload, "Smallest").args
+    plan = to_plan(told)
+    size = plan_bytes(profile.table, plan.quantized()) / fp32_bytes(profile.table)
+    assert "Smallest: this model cannot be brought to the preset's size<=0.01x" in text
+    assert f"= {size:.2f}x of fp32" in text
+    assert "0.02x" not in text
+
+
+def test_other_errors_of_a_preset_are_not_taken_for_a_target_out_of_reach(
+    newest: StandIn, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from comfyui_nodes.presets import PRESETS, Preset, preset_plan
 
-    small = toy_profile([toy("a", 1e-3), toy("b", 2e-3)])
-    PRESETS["Tiny"] = Preset("w8a8", "size<=0.01x", "")
-    assert preset_plan(small, "Tiny").quantized()
+    monkeypatch.setitem(PRESETS, "Broken", Preset("w8a8", "small please", ""))
+    with pytest.raises(PlanError, match="cannot read the target"):
+        preset_plan(profile, "Broken")
 
 
 def test_the_profile_s_chart_and_text_tell_where_noise_arises(newest: StandIn, profile: Profile) -> None:
@@ -169,6 +185,29 @@ def test_bad_wishes_are_told_in_the_words_of_nodes(
         advanced(payload, **given)
     assert "--" not in str(caught.value)
     assert "`ldmq" not in str(caught.value)
+
+
+def test_group_wise_weights_are_planned_alike_or_the_node_says_so(newest: StandIn, payload: Any) -> None:
+    from comfyui_nodes.payloads import to_plan
+
+    plan = to_plan(advanced(payload, planner="uniform", scheme="w4a16-g64").args[0])
+    assert set(plan.counts()) == {"w4a16-g64"}
+    with pytest.raises(PlanError, match=r"does not measure w4a16-g64.*planner uniform"):
+        advanced(payload, planner="budget", scheme="w4a16-g64")
+
+
+def test_a_plan_carries_how_to_calibrate(newest: StandIn, profile: Profile, payload: Any) -> None:
+    from comfyui_nodes.payloads import selection_of, to_plan, with_selection
+    from comfyui_nodes.presets import preset_plan
+
+    advanced(payload, calibration="uniform", save_as="mine")
+    told = advanced(load_plan="mine_00001_.json").args[0]
+    assert selection_of(to_plan(json.loads(json.dumps(told)))) == "uniform"
+    plan, _ = preset_plan(profile, "Balanced")
+    assert selection_of(plan) == "first-step"
+    for wrong in ("last-step", "", "Uniform"):
+        with pytest.raises(PlanError, match="LDM-Q Calibrate's selection"):
+            selection_of(with_selection(plan, wrong))
 
 
 def test_a_plan_is_saved_loaded_and_checked_against_the_profile(

@@ -1,6 +1,7 @@
 """A node at work: progress, interrupts, and errors as one clear message."""
 
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,15 +67,13 @@ def test_an_interrupt_ends_the_work_as_itself(stand_in: StandIn) -> None:
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("CUDA error: out of memory"),
-        "OOM_EXCEPTION",
+        torch.OutOfMemoryError("no"),
     ],
-    ids=["python", "torch on the CPU", "accelerator", "ComfyUI's class"],
+    ids=["python", "torch on the CPU", "accelerator", "torch's class"],
 )
 def test_out_of_memory_unloads_everything_and_says_what_to_do(stand_in: StandIn, error: Any) -> None:
     from comfyui_nodes.running import running
 
-    if isinstance(error, str):
-        error = stand_in.modules["comfy.model_management"].OOM_EXCEPTION("no")
     large, held = [], []
 
     def work() -> None:
@@ -91,10 +90,9 @@ def test_out_of_memory_unloads_everything_and_says_what_to_do(stand_in: StandIn,
     assert held == [False], "what the failed computation held is let go of before models are unloaded, once"
 
 
-def test_a_torch_without_an_out_of_memory_class_does_not_turn_every_error_into_one(stand_in: StandIn) -> None:
+def test_not_every_error_is_one_of_memory(stand_in: StandIn) -> None:
     from comfyui_nodes.running import running
 
-    stand_in.modules["comfy.model_management"].OOM_EXCEPTION = Exception
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), running(NODE, "Profiling"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert stand_in.unloaded == 0
@@ -134,11 +132,49 @@ def test_other_errors_stay_what_they_are(stand_in: StandIn) -> None:
         assert caught.value is error
 
 
-def test_a_missing_requirement_says_how_to_install_it(stand_in: StandIn) -> None:
+@pytest.mark.parametrize(
+    ("module", "advice"),
+    [
+        ("diffusers", r"pip install -r .*requirements\.txt and restart ComfyUI"),
+        ("diffusers.models", r"pip install -r .*requirements\.txt and restart ComfyUI"),
+        ("transformers", "pip install -U transformers and restart ComfyUI"),
+    ],
+)
+def test_a_missing_requirement_says_how_to_install_it(stand_in: StandIn, module: str, advice: str) -> None:
     from comfyui_nodes.running import running
 
-    with (
-        pytest.raises(ImportError, match=r"pip install -r .*requirements\.txt and restart ComfyUI"),
-        running(NODE, "x"),
+    with pytest.raises(ImportError, match=advice), running(NODE, "x"):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+
+def test_other_imports_that_fail_stay_what_they_are(stand_in: StandIn) -> None:
+    from comfyui_nodes.running import running
+
+    for error in (
+        ModuleNotFoundError("No module named 'comfy.new'", name="comfy.new"),
+        ImportError("cannot import name 'x' from 'diffusers'", name="diffusers"),
     ):
-        raise ModuleNotFoundError("No module named 'diffusers'")
+        with pytest.raises(ImportError) as caught, running(NODE, "x"):
+            raise error
+        assert caught.value is error
+
+
+def test_transformers_that_is_too_old_is_told_before_anything_runs(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from comfyui_nodes.running import running
+
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.3")
+    ran = []
+    with pytest.raises(ImportError, match=r"4\.57\.3; run .*pip install -U transformers"), running(NODE, "x"):
+        ran.append(1)
+    assert ran == []
+
+
+def test_what_the_system_says_about_files_becomes_one_message(stand_in: StandIn, tmp_path: Path) -> None:
+    from comfyui_nodes.running import running
+
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / ("x" * 300), tmp_path / "file" / "x"):
+        with pytest.raises(LDMQError, match=r"^Saving: \[Errno .*check the name"), running(NODE, "Saving"):
+            path.write_text("")

@@ -50,6 +50,7 @@ def autoencoder() -> torch.nn.Module:
         vae.vae_scale.fill_(1.0)
         vae.vae_shift.fill_(0.0)
         drawn = vae.taesd_decoder(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3)))
+        assert last.bias is not None
         last.weight.div_(4 * drawn.std())
         last.bias.div_(4 * drawn.std()).add_(0.5 - drawn.mean() / (4 * drawn.std()))
     return vae
