@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui.frontend.object_info import object_info
 from comfyui.server.comfy_server import Server
 from comfyui.server.facts import Facts
 from comfyui.server.prompts import changed, node_of, small, without, workflow
@@ -28,8 +29,8 @@ def plan_file(stock_server: Server) -> str:
 
 def with_plan(prompt: dict[str, Any], **inputs: str) -> dict[str, Any]:
     """The same with LDM-Q Plan (advanced) in the place of LDM-Q Plan."""
-    given = {"target": "", "planner": "budget", "scheme": "w8a8", "keep_float": "default"}
-    given |= {"load_plan": "(none)", "save_as": "", **inputs}
+    known = object_info()["ldmq_plan_advanced"]["input"]["required"]
+    given = {name: options["default"] for name, (_, options) in known.items()} | inputs
     return {**prompt, node_of(prompt, "ldmq_plan"): {"class_type": "ldmq_plan_advanced", "inputs": given}}
 
 
