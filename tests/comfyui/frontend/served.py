@@ -49,17 +49,19 @@ def static_folder() -> Path:
 
 
 class Frontend:
-    """The frontend in a page of `browser`, knowing the nodes of `object_info`. errors: uncaught ones of the page."""
+    """The frontend in a page of `browser`, knowing the nodes of `object_info`, or that of a real server at `address`.
+    errors: uncaught ones of the page."""
 
-    def __init__(self, browser: Any, object_info: Mapping[str, Any]) -> None:
+    def __init__(self, browser: Any, object_info: Mapping[str, Any], address: str | None = None) -> None:
         self.root = static_folder()
         self.answers = {**ANSWERS, "/api/object_info": dict(object_info)}
         self.errors: list[str] = []
         self.page = browser.new_page(viewport={"width": 1600, "height": 900})
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.route("**/*", self._answer)
-        self.page.route_web_socket("**/ws*", lambda socket: None)
-        self.page.goto(ADDRESS)
+        if address is None:
+            self.page.route("**/*", self._answer)
+            self.page.route_web_socket("**/ws*", lambda socket: None)
+        self.page.goto(address or ADDRESS)
         self.page.wait_for_function(READY, timeout=60_000)
 
     def _answer(self, route: Any) -> None:
@@ -106,6 +108,12 @@ class Frontend:
     def prompt(self) -> dict[str, Any]:
         """What pressing Run would send (API format)."""
         return json.loads(self.page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+
+    def run(self) -> None:
+        """Press Run and wait until all output nodes show something; for a real server."""
+        self.page.evaluate("async () => { await app.queuePrompt(0, 1) }")
+        shown = "() => app.graph._nodes.some(n => n.type === 'SaveImage' && n.imgs?.length)"
+        self.page.wait_for_function(shown, timeout=600_000)
 
     def close(self) -> None:
         """Close the page."""

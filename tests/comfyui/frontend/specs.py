@@ -116,10 +116,10 @@ QUICK_START = Workflow(
             },
             (480, 320, 380, 0),
         ),
-        "picture": Node("SaveImage", {"images": ("sampler", 0), "filename_prefix": "ldmq/emoji"}, (920, 320, 480, 520)),
-        "told": text("loader", 1, (40, 640, 380, 200), "What was loaded"),
+        "picture": Node("SaveImage", {"images": ("sampler", 0), "filename_prefix": "ldmq/emoji"}, (920, 320, 480, 620)),
+        "told": text("loader", 1, (40, 700, 380, 220), "What was loaded"),
     },
-    (Group("Load and quantize", (20, 240, 420, 620)), Group("Draw", (460, 240, 960, 620), GREEN)),
+    (Group("Load and quantize", (20, 240, 420, 760)), Group("Draw", (460, 240, 960, 760), GREEN)),
 )
 
 QUANTIZE = Workflow(

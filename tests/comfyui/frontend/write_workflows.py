@@ -1,17 +1,20 @@
 """Write workflows/*.json and workflows/api/*.json out of specs.py with the real frontend, and pictures of the graphs.
 
-python -m comfyui.frontend.write_workflows     (in the folder tests, with the repository on PYTHONPATH)
+python -m comfyui.frontend.write_workflows [SERVER]     (in the folder tests, with the repository on PYTHONPATH)
+
+With the address of a running server that has the pack, the quick start is run there for its picture.
 """
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from comfyui.frontend.browsing import browser_or_reason
 from comfyui.frontend.object_info import object_info
 from comfyui.frontend.served import Frontend
-from comfyui.frontend.specs import WORKFLOWS, Workflow
+from comfyui.frontend.specs import QUICK_START, WORKFLOWS, Workflow
 from PIL import Image, ImageOps
 
 FOLDER = Path(__file__).resolve().parents[3] / "workflows"
@@ -116,7 +119,15 @@ def put(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def main() -> None:
+def picture_of_run(browser: Any, workflow: Workflow, address: str) -> None:
+    """The workflow's picture with what a real server made of it."""
+    frontend = Frontend(browser, {}, address)
+    frontend.load(json.loads((FOLDER / f"{workflow.name}.json").read_text(encoding="utf-8")))
+    frontend.run()
+    thumbnail(frontend).save(FOLDER / f"{workflow.name}.jpg", quality=85)
+
+
+def main(*addresses: str) -> None:
     """Write all workflows."""
     with browser_or_reason() as browser:
         assert not isinstance(browser, str), browser
@@ -125,7 +136,9 @@ def main() -> None:
         for workflow in WORKFLOWS:
             write(frontend, workflow)
         assert not frontend.errors, frontend.errors
+        for address in addresses:
+            picture_of_run(browser, QUICK_START, address)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

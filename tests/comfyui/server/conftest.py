@@ -28,11 +28,11 @@ def installation() -> Installation:
 
 
 @pytest.fixture(scope="session")
-def facts(installation: Installation) -> Iterator[Facts]:
-    """What the tests measure; written to docs/comfyui-tested.md where LDMQ_RECORD_COMFYUI=1."""
+def facts(request: pytest.FixtureRequest, installation: Installation) -> Iterator[Facts]:
+    """What the tests measure; written to docs/comfyui-tested.md where LDMQ_RECORD_COMFYUI=1 and all of them passed."""
     found = Facts(installation)
     yield found
-    if os.environ.get("LDMQ_RECORD_COMFYUI") == "1":
+    if os.environ.get("LDMQ_RECORD_COMFYUI") == "1" and request.session.testsfailed == 0:
         found.write()
 
 

@@ -17,7 +17,7 @@ GPU (`--cpu`). To test and write anew:
 LDMQ_RECORD_COMFYUI=1 COMFYUI_PATH=/path/to/ComfyUI COMFYUI_PYTHON=/path/to/its/python pytest tests/comfyui/server
 ```
 
-The native workflows ran on a random checkpoint of SD 1.5's kind (two short levels of 320 channels), with 2 steps and
+The native workflows ran on a random checkpoint of SD 1.5's kind (one short level of 320 channels), with 2 steps and
 64x64 pixels instead of 20 and 512x512; the bundled model ran as in its workflow. Times are of a machine that did other
 work too. Not tested: CUDA, dynamic VRAM, several GPUs, downloads from the hub.
 """

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comfyui.frontend.object_info import object_info
 from comfyui.server.comfy_server import Server
 from comfyui.server.facts import Facts
 from comfyui.server.prompts import changed, node_of, small, without, workflow
@@ -28,8 +29,8 @@ def plan_file(stock_server: Server) -> str:
 
 def with_plan(prompt: dict[str, Any], **inputs: str) -> dict[str, Any]:
     """The same with LDM-Q Plan (advanced) in the place of LDM-Q Plan."""
-    given = {"target": "", "planner": "budget", "scheme": "w8a8", "keep_float": "default"}
-    given |= {"load_plan": "(none)", "save_as": "", **inputs}
+    known = object_info()["ldmq_plan_advanced"]["input"]["required"]
+    given = {name: options["default"] for name, (_, options) in known.items()} | inputs
     return {**prompt, node_of(prompt, "ldmq_plan"): {"class_type": "ldmq_plan_advanced", "inputs": given}}
 
 
@@ -117,13 +118,10 @@ def test_a_model_is_never_saved_outside_of_its_folder(
 ) -> None:
     before = models(stock_server)
     prompt = small(workflow("quantize_and_save_a_checkpoint"))
-    prompt[node_of(prompt, "ldmq_save_model")]["class_type"] = kind
-    (number,) = (number for number, node in prompt.items() if node["class_type"] == kind)
-    prompt[number]["inputs"]["filename_prefix"] = prefix
-    refused = stock_server.refusals(
-        {**without(prompt, "PreviewAny", "SaveImage", "VAEDecode", "KSampler", "PreviewImage")}
-    )
-    assert refused[number]["errors"]
+    prompt = {number: node for number, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple"}
+    inputs = {"model": [*prompt, 0], "filename_prefix": prefix, "overwrite": False}
+    refused = stock_server.refusals({**prompt, "80": {"class_type": kind, "inputs": inputs}})
+    assert refused["80"]["errors"]
     assert models(stock_server) == before
 
 
