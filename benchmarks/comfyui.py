@@ -124,6 +124,7 @@ def milliseconds(model: Any) -> float:
 
 def main(
     rounds: Annotated[int, typer.Option(help="Timings of every variant; the median counts.")] = 5,
+    schemes: Annotated[str, typer.Option(help="Of the quantized layers, with commas between.")] = ",".join(SCHEMES),
     json: Annotated[Path | None, typer.Option(help="Write the rows here, too.")] = None,
 ) -> None:
     """Time float and quantized MODELs against each other."""
@@ -131,7 +132,9 @@ def main(
     with torch.inference_mode():
         floats = {name: float_model(dtype) for name, dtype in FLOATS.items()}
         models = {(name, "float"): model for name, model in floats.items()}
-        models |= {(name, scheme): quantized(model, scheme) for name, model in floats.items() for scheme in SCHEMES}
+        models |= {
+            (name, scheme): quantized(model, scheme) for name, model in floats.items() for scheme in schemes.split(",")
+        }
     reference = step(floats["fp32"])
     quality = {key: float(metrics.sqnr(reference, step(model))) for key, model in models.items() if key[1] != "float"}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in models}

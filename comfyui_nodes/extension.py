@@ -9,10 +9,8 @@ from .nodes import NODES
 class LDMQExtension(ComfyExtension):
     """All LDM-Q nodes."""
 
-    async def on_load(self) -> None:
-        """Make `ldmq_plans` and `ldmq_models` known, so that combos list what they hold."""
-        register_folders()
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """The node classes."""
+        """The node classes. First makes the pack's folders known, because combos list them: `on_load` would be
+        the place, but ComfyUI 0.8 does not call it."""
+        register_folders()
         return list(NODES)

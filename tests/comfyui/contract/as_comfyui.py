@@ -25,7 +25,6 @@ def load(folder: Path) -> dict[str, object]:
     start, before = time.perf_counter(), list(sys.path)
     spec.loader.exec_module(module)
     extension = asyncio.run(module.comfy_entrypoint())
-    asyncio.run(extension.on_load())
     nodes = asyncio.run(extension.get_node_list())
     schemas = [node.define_schema() for node in nodes]
     return {

@@ -24,7 +24,6 @@ loaded = {"diffusers", "diffusers_ldmq", "transformers"} & set(sys.modules)
 start = time.perf_counter()
 import comfyui_nodes
 extension = asyncio.run(comfyui_nodes.comfy_entrypoint())
-asyncio.run(extension.on_load())
 nodes = asyncio.run(extension.get_node_list())
 infos = {node.GET_SCHEMA().node_id: node.GET_NODE_INFO_V1() for node in nodes}
 heavy = sorted(({"diffusers", "diffusers_ldmq", "transformers"} & set(sys.modules)) - loaded)
