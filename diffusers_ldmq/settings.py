@@ -11,6 +11,8 @@ from .companions import Companion
 from .correction import DEFAULT
 from .corrections import CORRECTIONS
 from .data_free import PlanLike
+from .errors import LDMQError
+from .reconstruction import PRESETS, ReconstructionSettings
 from .tables import LayerTimes
 
 
@@ -19,6 +21,7 @@ class Settings:
     """What to do. keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
     corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
     corrected_layers: how many of those that cause most noise are tried;
+    reconstruction: learning of all rounding, block by block: 'none', 'quick' (minutes) or 'full';
     dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image;
     components: other models of the pipeline to quantize, name -> data-free scheme (none unless asked for)."""
 
@@ -29,6 +32,7 @@ class Settings:
     keep_float: str = "default"
     corrections: str = "none"
     corrected_layers: int = 8
+    reconstruction: str = "none"
     target: str | None = None
     plan: Plan | None = None
     dtype: torch.dtype | None = None
@@ -47,6 +51,13 @@ class Outcome:
     report: Report
     times: LayerTimes | None = None
     companions: tuple[Companion, ...] = ()
+
+
+def reconstruction_of(text: str) -> ReconstructionSettings | None:
+    """Settings of 'quick' or 'full' reconstruction, None of 'none'. Raises LDMQError for others."""
+    if text != "none" and text not in PRESETS:
+        raise LDMQError(f"unknown reconstruction {text!r}; use one of none, {', '.join(PRESETS)}")
+    return PRESETS.get(text)
 
 
 def corrections_of(text: str) -> tuple[str, ...]:

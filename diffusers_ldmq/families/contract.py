@@ -15,7 +15,8 @@ class Family:
     place: layer name -> (sort key in execution order, block name, part); keep_float: regular expression that is
     searched in a layer's name, matches stay in floating point by default;
     skip_split: layer name -> how many of its input channels come from the layer before it, the rest from the skip
-    connection that is concatenated behind them; None where nothing is.
+    connection that is concatenated behind them; None where nothing is;
+    units: class names of the modules that are reconstructed as one (EDA-DM's and BRECQ's blocks).
     """
 
     name: str
@@ -24,6 +25,7 @@ class Family:
     place: Callable[[str, nn.Module], tuple[tuple[int, ...], str, str]]
     keep_float: str
     skip_split: Callable[[str, nn.Module], int | None]
+    units: tuple[str, ...]
 
     def matches(self, module: nn.Module) -> bool:
         """True if `module` is of this family, by class name."""

@@ -13,4 +13,5 @@ FAMILY = Family(
     keep_float=r"^(\w+_in|\w+_embedder|distilled_guidance_layer|final_layer|\w*modulation\w*)(\.|$)"
     r"|\.(\w+_mod|modulation|adaLN_modulation)\.",
     skip_split=skip_split,
+    units=("JointBlock", "DoubleStreamBlock", "SingleStreamBlock"),
 )

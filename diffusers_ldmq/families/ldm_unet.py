@@ -50,4 +50,5 @@ FAMILY = Family(
     # convolution see the latent itself
     keep_float=r"^(time_embed|label_emb|input_blocks\.0\.0$|out\.)|\.emb_layers\.",
     skip_split=skip_split,
+    units=("ResBlock", "BasicTransformerBlock"),
 )

@@ -51,4 +51,5 @@ FAMILY = Family(
     keep_float=r"^(time|pos_embed|patch_embed|x_embedder|context_embedder|caption_projection|adaln|norm_out"
     r"|proj_out|proj_in)|\.norm\w*\.(linear|emb\.)",
     skip_split=skip_split,
+    units=("BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
 )

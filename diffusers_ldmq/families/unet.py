@@ -62,4 +62,5 @@ FAMILY = Family(
     keep_float=r"^(time_embedding|class_embedding|add_embedding|encoder_hid_proj|conv_in$|conv_out$)"
     r"|\.time_emb_proj$",
     skip_split=skip_split,
+    units=("ResnetBlock2D", "BasicTransformerBlock", "Attention"),
 )
