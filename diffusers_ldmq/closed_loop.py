@@ -19,6 +19,8 @@ from .planners import Target, parse_target, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now
+from .selections import TDAC, find_selection
+from .serialization import to_json
 from .settings import Outcome, Settings, corrections_of
 from .specs import parse_scheme
 from .tables import LayerTable, LayerTimes
@@ -207,8 +209,16 @@ class Job:
             "samples": calibration.samples,
             "forward_calls": calibration.forward_calls,
             "sampler_calls": calibration.sampler_calls,
+            **self._scores(calibration.samples),
         }
         return facts, trials
+
+    def _scores(self, samples: int) -> dict[str, Any]:
+        """Why so many samples of each step were chosen, where scores of the steps decided it."""
+        selection, features = find_selection(self.settings.calibration), self.recording.features
+        if not samples or features is None or not isinstance(selection, TDAC):
+            return {}
+        return {"scores": to_json(selection.scores(features, samples))}
 
     def _corrected(self, denoiser: nn.Module, calibration: Calibration) -> tuple[Calibration, tuple[Trial, ...]]:
         names = corrections_of(self.settings.corrections)
@@ -225,6 +235,7 @@ class Job:
             self.recording,
             layers=ranked[: self.settings.corrected_layers],
             corrections=names,
+            selection=self.settings.calibration,
             most_bytes=None if limit is None else max(limit - plan_bytes(self.table, schemes), 0),
             progress=self.stage("correct"),
         )

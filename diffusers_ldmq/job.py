@@ -24,7 +24,7 @@ from .profiling import ProfileSettings, profile_sqnr
 from .progress import StageProgress as Progress
 from .quantization import refuse_unfit
 from .recording import record_calls, try_one_step
-from .selections import SELECTIONS
+from .selections import find_selection
 from .settings import Outcome, Settings, corrections_of
 from .specs import parse_scheme
 from .tables import LayerTable
@@ -94,7 +94,7 @@ def _refuse_unknown(settings: Settings) -> None:
     """Raise LDMQError for a name that nothing has, before anything slow."""
     PLANNERS[settings.planner]
     OBSERVERS[settings.observer]
-    SELECTIONS[settings.calibration]
+    find_selection(settings.calibration)
     parse_scheme(settings.scheme)
 
 
