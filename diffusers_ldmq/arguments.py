@@ -42,7 +42,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the device's fastest), float32, bfloat16 or float16")]
 Planner = Annotated[str, typer.Option(help="hybrid (blocks from a cut-off on), budget (integer programme), uniform")]
 Scheme = Annotated[str, typer.Option(help="low precision: w8a8, w8a8-dyn, w8a16, w4a16, w4a16-g64, w4a8, w4a4, ...")]
-Rule = Annotated[str, typer.Option("--calibration", help="steps that calibrate: first-step or uniform")]
+Rule = Annotated[str, typer.Option("--calibration", help="steps that calibrate: first-step, uniform, normal or tdac")]
 Observer = Annotated[str, typer.Option(help="how a range is chosen: minmax, minmax-affine or mse")]
 KeepFloat = Annotated[str, typer.Option(help="default (the family's layers), none, or names with commas between")]
 TARGET_HELP = (

@@ -25,7 +25,12 @@ SQNR_PLOT, SAMPLES = "sqnr.png", "samples.png"
 MARK = "<!-- written by diffusers-ldmq; without this line the next push keeps this card as it is -->"
 """By which a card of ours is told from one that somebody wrote or changed."""
 
-SELECTED = {"first-step": "the first step", "uniform": "steps from the whole schedule"}
+SELECTED = {
+    "first-step": "the first step",
+    "normal": "normally distributed steps",
+    "tdac": "steps chosen by how dense and how varied the denoiser's features are (TDAC)",
+    "uniform": "steps from the whole schedule",
+}
 """Calibration rule -> which denoiser inputs it uses, in words."""
 
 

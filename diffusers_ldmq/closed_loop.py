@@ -20,6 +20,8 @@ from .planners import Target, parse_target, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now
+from .selections import TDAC, find_selection
+from .serialization import to_json
 from .settings import Outcome, Settings
 from .specs import parse_scheme
 from .tables import LayerTable, LayerTimes
@@ -213,6 +215,7 @@ class Job:
             "samples": calibration.samples,
             "forward_calls": calibration.forward_calls,
             "sampler_calls": calibration.sampler_calls,
+            **self._scores(calibration.samples),
         }
 
     def _improved(self, denoiser: nn.Module, plan: Plan, calibration: Calibration) -> Improved:
@@ -223,6 +226,13 @@ class Job:
             self.improved.clear()
             self.improved[key] = improver.improve(denoiser, calibration, self.memory)
         return self.improved[key]
+
+    def _scores(self, samples: int) -> dict[str, Any]:
+        """Why so many samples of each step were chosen, where scores of the steps decided it."""
+        selection, features = find_selection(self.settings.calibration), self.recording.features
+        if not samples or features is None or not isinstance(selection, TDAC):
+            return {}
+        return {"scores": to_json(selection.scores(features, samples))}
 
     def _foretold(self, plan: Plan, trials: tuple[Trial, ...]) -> Plan:
         """The plan with the profile's prediction, counting what kept corrections brought at their layers."""

@@ -72,6 +72,7 @@ class Improver:
             self.recording,
             layers=ranked[: self.settings.corrected_layers],
             corrections=names,
+            selection=self.settings.calibration,
             most_bytes=None if limit is None else max(limit - plan_bytes(self.table, schemes), 0),
             progress=lambda done, whole: told("correct", done, whole),
         )

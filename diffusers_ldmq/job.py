@@ -25,7 +25,7 @@ from .profiling import ProfileSettings, profile_sqnr
 from .progress import StageProgress as Progress
 from .quantization import refuse_unfit
 from .recording import record_calls, try_one_step
-from .selections import SELECTIONS
+from .selections import find_selection
 from .settings import Outcome, Settings, corrections_of, reconstruction_of
 from .specs import parse_scheme
 from .tables import LayerTable
@@ -96,7 +96,7 @@ def _refuse_unknown(settings: Settings) -> None:
     """Raise LDMQError for a name that nothing has, before anything slow."""
     PLANNERS[settings.planner]
     OBSERVERS[settings.observer]
-    SELECTIONS[settings.calibration]
+    find_selection(settings.calibration)
     corrections_of(settings.corrections)
     reconstruction_of(settings.reconstruction)
     parse_scheme(settings.scheme)

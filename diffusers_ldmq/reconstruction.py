@@ -24,7 +24,7 @@ from .metrics import sqnr_db
 from .progress import Progress
 from .quantization import refuse_unfit
 from .reconstruction_memory import ReconstructionMemory, identity_of
-from .selections import SELECTIONS
+from .selections import Selection, find_selection, selection_name
 from .sensitivity import output_sensitivity
 from .specs import LayerState
 from .stacking import stacked
@@ -42,7 +42,7 @@ class ReconstructionSettings:
 
     learning: LearningSettings = field(default_factory=LearningSettings)
     samples: int = 256
-    selection: str = "tdac"
+    selection: str | Selection = "tdac"
     weighting: Literal["plain", "hessian"] = "plain"
     seed: int = 0
     memory_bytes: int = 2**31
@@ -80,7 +80,8 @@ def reconstruct(
     batches = calibrating_batches(recording, settings)
     units = find_units(denoiser, calibration.states, batches[0])
     job = _Job(denoiser, batches, settings, calibration.states, units)
-    kept = ReconstructionMemory.at(memory, identity_of(denoiser, calibration.states, recording, settings))
+    told = replace(settings, selection=selection_name(settings.selection))
+    kept = ReconstructionMemory.at(memory, identity_of(denoiser, calibration.states, recording, told))
     states, figures = dict(calibration.states), list[Reconstructed]()
     for new, found in job.learned(kept, progress):
         states |= new
@@ -97,7 +98,7 @@ def calibrating_batches(recording: Recording, settings: ReconstructionSettings) 
         raise CalibrationError(
             f"samples={settings.samples} is less than the {steps} steps of the recording; take at least one of each"
         )
-    picked = list(SELECTIONS[settings.selection](calibrating, settings.samples))
+    picked = list(find_selection(settings.selection)(calibrating, settings.samples))
     batches = list(stacked(calibrating.batches(picked), ROWS))
     rows = sum(batch.output.shape[0] for batch in batches)
     if settings.learning.batch > rows:

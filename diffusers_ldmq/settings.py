@@ -13,12 +13,14 @@ from .corrections import CORRECTIONS
 from .data_free import PlanLike
 from .errors import LDMQError
 from .reconstruction import PRESETS, ReconstructionSettings
+from .selections import Selection
 from .tables import LayerTimes
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to do. keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
+    """What to do. calibration: which recorded steps calibrate, by name or a Selection such as TDAC(strength=5.0);
+    keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
     corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
     corrected_layers: how many of those that cause most noise are tried;
     reconstruction: learning of all rounding, block by block: 'none', 'quick' (minutes) or 'full';
@@ -27,7 +29,7 @@ class Settings:
 
     planner: str = "hybrid"
     scheme: str = "w8a8"
-    calibration: str = "first-step"
+    calibration: str | Selection = "first-step"
     observer: str = "minmax-affine"
     keep_float: str = "default"
     corrections: str = "none"

@@ -213,7 +213,7 @@ ORDER = (
     ("folders",),
     ("cache",),
     ("pictures", "drawing", "sampling"),
-    ("plots", "network_plots"),
+    ("plots", "network_plots", "selection_plots"),
     ("summary",),
     ("card",),
     ("card_inputs",),

@@ -2,7 +2,7 @@
 layer. Stable Diffusion 3 (MMDiT), Flux, Chroma."""
 
 from .contract import Family
-from .transformer import place, skip_split
+from .transformer import middle, place, skip_split
 
 FAMILY = Family(
     name="dit",
@@ -14,4 +14,5 @@ FAMILY = Family(
     r"|\.(\w+_mod|modulation|adaLN_modulation)\.",
     skip_split=skip_split,
     units=("JointBlock", "DoubleStreamBlock", "SingleStreamBlock"),
+    middle=middle,
 )
