@@ -41,6 +41,7 @@ class QuantizedLayer(nn.Module):
     _pack: Pack | None = None
     _handle: Tensor | None = None  # what stands for this layer in compiled graphs; None while it is float
     _requested_backend: str | None = None
+    _low_memory: bool = False
 
     @classmethod
     def from_float(cls: type[L], layer: nn.Module, state: LayerState) -> L:
@@ -91,6 +92,12 @@ class QuantizedLayer(nn.Module):
         self._requested_backend = name
         if self._scheme is not None:
             self._choose_backend()
+
+    def use_low_memory(self, on: bool) -> None:
+        """Hold 4-bit weights in 4 bits while running, too, which is slower and gives the same; else in the backend's
+        form, which may take 8."""
+        self._restore()
+        self._low_memory = on
 
     def prepare(self, scheme: Scheme, names: set[str] | frozenset[str], rotation: int = 0, rank: int = 0) -> None:
         """Give the layer empty tensors for a checkpoint's values, on the device it is on (also meta).
@@ -184,7 +191,7 @@ class QuantizedLayer(nn.Module):
             weight = self._parameters["weight"]
             assert weight is not None
             state, backend = self._unrestored_state(), self._choose_backend()
-            data = backend.pack(state, self.geometry)
+            data = backend.pack(state, self.geometry, self._low_memory)
             stand_in = make_stand_in(weight)
             weight.data = stand_in.expand(weight.shape)
             held = self._held()
@@ -247,24 +254,14 @@ class QuantizedLayer(nn.Module):
         if self._pack is not None:
             destination[prefix + "weight"] = self._codes()
 
-    def _load_from_state_dict(  # noqa: PLR0913 (nn.Module's signature)
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:  # pyright: ignore
         self._restore()
         weight, given = self._parameters["weight"], state_dict.get(prefix + "weight")
         if self._scheme is not None and weight is not None and given is not None and given.dtype != weight.dtype:
             # copy_ would cast and truncate without a word
-            error_msgs.append(f"{prefix}weight: {weight.dtype} codes expected, found {given.dtype}; quantize it first")
+            others[-1].append(f"{prefix}weight: {weight.dtype} codes expected, found {given.dtype}; quantize it first")
             return
-        lists = (missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        super()._load_from_state_dict(state_dict, prefix, *others)  # the last of which is the list of errors
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As nn.Module, but integers and scales only move; they keep their dtype."""
