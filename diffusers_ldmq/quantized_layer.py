@@ -20,7 +20,7 @@ from .backends import Backend, choose_backend
 from .compiled import new_handle, run_compiled
 from .errors import BackendError, LDMQError
 from .gradient import autocast, straight_through
-from .packing import Pack, check_codes, identity, is_current, is_stand_in, leave_file, make_stand_in, ordinary
+from .packing import Pack, check_codes, identity, is_current, is_stand_in, make_own, make_stand_in, ordinary
 from .specs import Geometry, LayerState, Scheme, check_rotation, check_state, geometry_of, parse_scheme, tensor_specs
 
 # bias before weight: pipelines read the dtype of a module's first parameter and must not find integers
@@ -94,8 +94,7 @@ class QuantizedLayer(nn.Module):
             self._choose_backend()
 
     def use_low_memory(self, on: bool) -> None:
-        """Hold 4-bit weights in 4 bits while running, too, which is slower and gives the same; else in the backend's
-        form, which may take 8."""
+        """Hold 4-bit weights in 4 bits while running, too: slower, with the same outputs."""
         self._restore()
         self._low_memory = on
 
@@ -181,13 +180,7 @@ class QuantizedLayer(nn.Module):
             if weight.device != x.device:
                 raise BackendError(f"a quantized layer on {weight.device} was given an input on {x.device}")
             check_codes(weight)
-            for name, tensor in self._held().items():
-                if name in self._buffers:
-                    self._buffers[name] = leave_file(ordinary(tensor))
-                elif tensor.is_inference():
-                    self._parameters[name] = nn.Parameter(ordinary(tensor.detach()), requires_grad=False)
-                elif name == "bias":
-                    leave_file(tensor)  # a Parameter is no view
+            make_own(self._held(), self._parameters, self._buffers)
             weight = self._parameters["weight"]
             assert weight is not None
             state, backend = self._unrestored_state(), self._choose_backend()
@@ -254,14 +247,24 @@ class QuantizedLayer(nn.Module):
         if self._pack is not None:
             destination[prefix + "weight"] = self._codes()
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:  # pyright: ignore
+    def _load_from_state_dict(  # noqa: PLR0913 (nn.Module's signature)
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         self._restore()
         weight, given = self._parameters["weight"], state_dict.get(prefix + "weight")
         if self._scheme is not None and weight is not None and given is not None and given.dtype != weight.dtype:
             # copy_ would cast and truncate without a word
-            others[-1].append(f"{prefix}weight: {weight.dtype} codes expected, found {given.dtype}; quantize it first")
+            error_msgs.append(f"{prefix}weight: {weight.dtype} codes expected, found {given.dtype}; quantize it first")
             return
-        super()._load_from_state_dict(state_dict, prefix, *others)  # the last of which is the list of errors
+        lists = (missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """As nn.Module, but integers and scales only move; they keep their dtype."""
