@@ -10,6 +10,7 @@ from .config import LDMQConfig
 from .correction import correct
 from .errors import LDMQError
 from .inputs import default_inputs
+from .layers import set_low_memory
 from .pipeline import QuantizedLDMPipeline
 from .planning import make_plan
 from .plugin import register
@@ -41,5 +42,6 @@ __all__ = [
     "profile_sqnr",
     "quantize",
     "record_calls",
+    "set_low_memory",
     "verify",
 ]
