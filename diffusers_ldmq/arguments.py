@@ -52,6 +52,10 @@ TARGET_HELP = (
 Target = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 Corrections = Annotated[str, typer.Option(help=f"none, auto (try all on the worst layers), or of {', '.join(DEFAULT)}")]
 CorrectedLayers = Annotated[int, typer.Option(min=1, help="how many layers, noisiest first, to try corrections on")]
+Reconstruct = Annotated[
+    str,
+    typer.Option(help="learn all rounding block by block: none, quick (minutes) or full; goes on if interrupted"),
+]
 Pngs = Annotated[bool, typer.Option("--pngs", help="also write every figure as a PNG beside it")]
 Full = Annotated[
     bool,
@@ -181,6 +185,11 @@ def check_out(out: Path, model: str, overwrite: bool) -> None:
         raise OutputError(f"{out}: is the model itself; quantize into another folder")
     if not (out / "model_index.json").is_file():
         raise OutputError(f"{out}: holds no pipeline (no model_index.json), so --overwrite will not delete it")
+
+
+def reconstruction_memory(out: Path) -> Path:
+    """Where the finished blocks of a reconstruction are kept until `out` is written."""
+    return out.absolute().with_name(f".{out.absolute().name}.reconstruction")
 
 
 def dry_run_folder(out: Path | None, repo_id: str) -> Path:

@@ -154,6 +154,7 @@ def _body(card: Card, figures: set[str]) -> str:
         layer_count=len(quantized),
         float_layers=[name for name, scheme in card.layers.items() if scheme == "float"],
         low=sorted({scheme for scheme in quantized if scheme.startswith("w4")}),
+        reconstruction=[unit for unit in card.report.reconstruction if unit.kept] if card.report else [],
         corrections=[trial for trial in card.report.corrections if trial.kept] if card.report else [],
         dtype_argument="" if card.dtype == "float32" else f", torch_dtype=torch.{card.dtype}",
         calibration=_calibration(card.report),
