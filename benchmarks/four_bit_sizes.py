@@ -4,6 +4,8 @@ scheme or all but those that stay float by default. Nothing is loaded or compute
     python benchmarks/four_bit_sizes.py
 """
 
+from typing import Any
+
 import torch
 import typer
 from diffusers import UNet2DConditionModel
@@ -15,12 +17,12 @@ from diffusers_ldmq.families import layer_table
 from diffusers_ldmq.planners import fp32_bytes, plan_bytes
 
 SCHEMES = ("w4a8", "w4a16", "w4a16-g64", "w4a16-g32")
-SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 
 
 def unets() -> dict[str, UNet2DConditionModel]:
     """Without values."""
-    bundled = UNet2DConditionModel.load_config(demo_model() / "unet")
+    bundled: Any = UNet2DConditionModel.load_config(demo_model() / "unet")
     with torch.device("meta"):
         return {"bundled": UNet2DConditionModel(**bundled), "SD 1.5": UNet2DConditionModel(**SD15)}
 
