@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from ..errors import EvaluationError
-from .contract import CONFIG, WEIGHTS, FeatureExtractor, Features, files_digest, leading_channels, load_weights, read_config
-
+from .contract import (
+    CONFIG,
+    WEIGHTS,
+    FeatureExtractor,
+    Features,
+    files_digest,
+    leading_channels,
+    load_weights,
+    read_config,
+)
 
 NAME = "classifier"
 PATCH = 2

@@ -21,8 +21,8 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What one batch of pictures looks like. pooled: fp32 [n, d]; spatial: fp32 [n, s], the first channels of an earlier
-    map, flattened; logits: fp32 [n, classes], None where the network names no classes."""
+    """What one batch of pictures looks like. pooled: fp32 [n, d]; spatial: fp32 [n, s], the first channels of an
+    earlier map, flattened; logits: fp32 [n, classes], None where the network names no classes."""
 
     pooled: Tensor
     spatial: Tensor

@@ -1,7 +1,7 @@
 """InceptionV3 (Szegedy 2015, arXiv 1512.00567) in the variant that FID is defined with (Heusel 2017).
 
-The usual weights are pt_inception-2015-12-05-6726825d.pth, TensorFlow's of 2015 in PyTorch's names. As this library never
-unpickles, they are converted once:
+The usual weights are pt_inception-2015-12-05-6726825d.pth, TensorFlow's of 2015 in PyTorch's names. As this library
+never unpickles, they are converted once:
 
     state = torch.load("pt_inception-2015-12-05-6726825d.pth", weights_only=True)
     safetensors.torch.save_file(state, "inception/model.safetensors")
@@ -31,7 +31,9 @@ IGNORED = ("num_batches_tracked",)
 class Convolution(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, pad: bool = True
+    ) -> None:
         super().__init__()
         height, width = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         padding = (height // 2, width // 2) if pad else 0
