@@ -51,7 +51,8 @@ class Against:
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """Figures of `count` pictures; None = not measured. extractor: name of what FID, sFID, Inception Score, precision
-    and recall were computed with (figures of two extractors cannot be compared); reference: digest of the real pictures.
+    and recall were computed with (figures of two extractors cannot be compared); reference: digest of the real
+    pictures; neighbours_among: pictures of each kind that precision and recall were computed from.
 
     psnr_db, ssim: mean over pairs with the float model; sample_sqnr_db: 10 log10(sum x^2 / sum (y - x)^2) of pictures
     in -1..1, powers summed over all pairs, that is of final samples decoded and rounded to 8 bits.

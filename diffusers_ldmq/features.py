@@ -34,8 +34,7 @@ ENTRY, TENSORS = "entry.json", "statistics.safetensors"
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One set of pictures as an extractor sees it. pictures: digest of the set; count: of all; pooled, spatial:
-    moments; kept: pooled features fp32 [m, d] of at most KEPT pictures; logits: [count, classes], None where not asked for or
-    not there."""
+    moments; kept: pooled features fp32 [m, d] of at most KEPT pictures; logits: fp32 [count, classes] or None."""
 
     pictures: str
     count: int

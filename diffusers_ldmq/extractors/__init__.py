@@ -20,10 +20,10 @@ def load_extractor(folder: str | os.PathLike[str]) -> FeatureExtractor:
     """The extractor in a folder; its config.json says by 'architecture' (or, for transformers' models, 'model_type')
     which kind it is. Raises EvaluationError for a folder that holds none."""
     config = read_config(folder)
-    kind = config.get("architecture") or config.get("model_type")
+    kind = str(config.get("architecture") or config.get("model_type"))
     if kind not in EXTRACTORS:
         raise EvaluationError(
-            f"{folder}: config.json names the architecture {str(kind)[:40]!r}; known: {', '.join(EXTRACTORS)}"
+            f"{folder}: config.json names the architecture {kind[:40]!r}; known: {', '.join(EXTRACTORS)}"
         )
     return EXTRACTORS[kind](folder)
 

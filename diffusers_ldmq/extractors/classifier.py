@@ -104,12 +104,13 @@ def save_classifier(network: PictureClassifier, folder: Path, facts: dict[str, A
 def load_classifier(folder: str | os.PathLike[str]) -> PictureClassifier:
     """The stored classifier in float32, ready to use. Raises EvaluationError for a folder that holds none."""
     config = read_config(folder)
-    widths, classes = config.get("widths"), config.get("classes")
+    widths: Any = config.get("widths")
+    classes: Any = config.get("classes")
     three = isinstance(widths, list) and len(widths) == 3
     if not three or not all(isinstance(n, int) and 0 < n <= 4096 for n in (*widths, classes)):
         found = f"widths {str(widths)[:40]} and classes {str(classes)[:40]}"
         raise EvaluationError(f"{Path(folder) / CONFIG}: {found}; expected three widths and a number of classes")
-    network = PictureClassifier(Architecture(tuple(widths), int(str(classes))))
+    network = PictureClassifier(Architecture(tuple(widths), classes))
     load_weights(network, folder)
     return network.eval()
 
