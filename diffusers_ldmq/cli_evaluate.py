@@ -56,12 +56,12 @@ def evaluate_model(
     as_json: arg.AsJson = False,
 ) -> None:
     """Draw many pictures and measure them: FID, sFID, Inception Score, precision, recall, CLIP score, PSNR to float."""
-    if not (extractor or clip or original):
-        raise EvaluationError("nothing to measure; give --extractor (with --reference for FID), --clip or --float")
     if reference is not None and extractor is None:
         raise EvaluationError(
             "--reference needs --extractor: a folder with a classifier's, Inception's or CLIP's weights"
         )
+    if not (extractor or clip or original):
+        raise EvaluationError("nothing to measure; give --extractor (with --reference for FID), --clip or --float")
     if out is not None:
         refuse_file(out)
     for name in (model, *([original] if original else [])):

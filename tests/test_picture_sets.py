@@ -72,7 +72,7 @@ def test_resizing_cuts_around_the_middle(tmp_path: Path) -> None:
         wide.save(tmp_path / f"{name}.png")
     found = read(picture_set(tmp_path, (8, 8), resize=True))
     assert found.shape == (2, 3, 8, 8)
-    assert set(found[0, 2, :, 1:7].flatten().tolist()) == {255}
+    assert found[0, 2, :, 1:7].min() > 250
     with pytest.raises(EvaluationError, match=r"a\.png is 64x16, expected 8x8.*--resize"):
         read(picture_set(tmp_path, (8, 8)))
 

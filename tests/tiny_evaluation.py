@@ -1,4 +1,4 @@
-"""What tests of the evaluation share: extractors with random weights, folders of pictures, a pipeline that draws 32x32."""
+"""What tests of the evaluation share: extractors with random weights, folders of pictures, a pipeline for 32x32."""
 
 import json
 from pathlib import Path

@@ -130,7 +130,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
         lambda good, new: _changed(good, new, architecture="resnet"),
         "architecture 'resnet'; known: classif",
     ),
-    "another kind's weights": (lambda good, new: _changed(good, new, architecture="inception"), "another network"),
+    "another kind's weights": (
+        lambda good, new: _changed(good, new, architecture="inception"),
+        "1a_3x3.bn.bias is missing",
+    ),
     "odd widths": (lambda good, new: _changed(good, new, widths=[4, "x", 3]), "expected three widths"),
     "other widths": (lambda good, new: _changed(good, new, widths=[4, 49, 13]), "has the shape"),
     "damaged weights": (lambda good, new: _garbage(good, new, "model.safetensors"), "as safetensors"),
