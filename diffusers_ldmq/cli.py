@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import arguments as arg
-from . import cli_use
+from . import cli_evaluate, cli_use
 from .artifacts import Plan, Profile
 from .demo import MODEL
 from .demo.job import refuse_demo_folder, run_demo
@@ -184,3 +184,4 @@ def plan(
 
 for command in (cli_use.sample, cli_use.compare, cli_use.report, cli_use.info, cli_use.push):
     app.command()(command)
+app.command("evaluate")(cli_evaluate.evaluate_model)

@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from diffusers_ldmq.extractors.classifier import load_classifier
+
 CLASSIFIER = Path(__file__).parents[2] / "benchmarks" / "models" / "cifar-classifier"
 TINY = ("width=16", "batch=2", "warmup=2", "checkpoint_every=2", "device=cpu")
 CLASSES = ("cat", "dog")
@@ -104,7 +106,7 @@ def test_the_class_conditional_pipeline_draws_by_name(trained: Callable[[str], P
 
 def test_the_classifier_is_described_and_has_features(training_script: Script, trained: Callable[[str], Path]) -> None:
     model = trained("cifar_classifier") / "model"
-    network = training_script("cifar_network").load_classifier(model)
+    network = load_classifier(model)
     config = json.loads((model / "config.json").read_text())
     pooled, spatial = network.features(torch.zeros(3, 3, 32, 32))
     assert config["class_names"] == list(CLASSES)
@@ -232,7 +234,7 @@ def test_moved_pictures_stay_pictures(training_script: Script) -> None:
 
 
 def test_the_committed_classifier_has_features(training_script: Script) -> None:
-    network = training_script("cifar_network").load_classifier(CLASSIFIER)
+    network = load_classifier(CLASSIFIER)
     config = json.loads((CLASSIFIER / "config.json").read_text())
     pooled, spatial = network.features(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     assert config["test_accuracy"] >= 0.88
