@@ -1,0 +1,108 @@
+"""The rows of the second paper's table: how each method calibrates and learns, all on the same layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from measuring import FOLDERS, HERE
+
+from diffusers_ldmq import Recording, calibrate, make_plan, record_calls
+from diffusers_ldmq.artifacts import Calibration, Plan, Reconstructed
+from diffusers_ldmq.correction import apply_everywhere
+from diffusers_ldmq.demo import demo_captions
+from diffusers_ldmq.families import layer_table
+from diffusers_ldmq.learning import LearningSettings
+from diffusers_ldmq.progress import Progress
+from diffusers_ldmq.reconstruction import FULL, QUICK, ReconstructionSettings, reconstruct
+from diffusers_ldmq.selections import Selection
+
+STEPS = 20
+FOLDERS |= {name: HERE / "models" / name for name in ("cifar-ddim", "cifar-classes", "cifar-unconditional")}
+GUIDANCE = {"bundled": 5.0, "cifar-classes": 2.0}
+CALIBRATING, HELD_OUT = 128, 32
+"""Trajectories of each of two calibrating calls, and of the calls that select and verify (bundled: a quarter)."""
+
+# What the released code does (rates for W4A8 on CIFAR-10), in the iterations that a row may take.
+EDA_DM = LearningSettings(rounding="soft", decide=0.0, weight_rate=0.5, step_rate=1e-3, drop=0.5, mix=0.5, gamma=0.8)
+# BRECQ's blocks with AdaRound's push to a decision, weights only, inputs of the quantized prefix alone.
+Q_DIFFUSION = LearningSettings(
+    rounding="soft", decide=30.0, weight_rate=0.1, step_rate=0.0, drop=0.0, mix=0.0, gamma=0.0
+)
+OURS = FULL.learning
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method. observer: of static ranges; learning: None = rounding to nearest; split: skip concatenations get one
+    factor per half; selection: of the samples that calibrate and that are learned from."""
+
+    name: str
+    scheme: str
+    selection: str | Selection = "uniform"
+    observer: str = "mse"
+    learning: LearningSettings | None = None
+    split: bool = False
+    long: bool = False
+
+
+ROWS = (
+    Row("W8A8 min-max", "w8a8", observer="minmax"),
+    Row("W8A8 Q-Diffusion-type", "w8a8", learning=Q_DIFFUSION, split=True),
+    Row("W8A8 EDA-DM", "w8a8", "tdac", learning=EDA_DM, split=True),
+    Row("W8A8 ours", "w8a8", "tdac", learning=OURS),
+    Row("W4A8 round to nearest", "w4a8"),
+    Row("W4A8 Q-Diffusion-type", "w4a8", learning=Q_DIFFUSION, split=True),
+    Row("W4A8 EDA-DM", "w4a8", "tdac", learning=EDA_DM, split=True),
+    Row("W4A8 ours", "w4a8", "tdac", learning=OURS),
+    Row("W4A4 EDA-DM", "w4a4", "tdac", learning=EDA_DM, split=True),
+    Row("W4A4 ours", "w4a4", "tdac", learning=OURS),
+)
+LONG = (
+    Row("W4A8 EDA-DM, long", "w4a8", "tdac", learning=EDA_DM, split=True, long=True),
+    Row("W4A8 ours, long", "w4a8", "tdac", learning=OURS, long=True),
+)
+"""With the setting for results instead of that for minutes."""
+
+
+def recording_of(model: str, pipe: Any) -> Recording:
+    """Every step of two calibrating calls, one that selects (unused here) and one that verifies, features included."""
+    common: dict[str, Any] = {"num_inference_steps": STEPS}
+    if model in GUIDANCE:
+        common["guidance_scale"] = GUIDANCE[model]
+    if model == "bundled":
+        texts = demo_captions()
+        parts = [texts[:8], texts[8:16], texts[16:24], texts[24:32]]
+        inputs = [{"prompt": part, "num_images_per_prompt": 8 if k < 2 else 1} for k, part in enumerate(parts)]
+    else:
+        counts = (CALIBRATING, CALIBRATING, HELD_OUT, HELD_OUT)
+        by_class = model == "cifar-classes"
+        inputs = [{"class_labels": [i % 10 for i in range(n)]} if by_class else {"batch_size": n} for n in counts]
+    return record_calls(pipe, [{**entry, **common} for entry in inputs], selection="tdac")
+
+
+def plan_of(denoiser: Any, scheme: str) -> Plan:
+    """One scheme for every layer but those that the family keeps float: the same layers in every row."""
+    kept = tuple(info.name for info in layer_table(denoiser).layers if info.keep_float)
+    return make_plan(layer_table(denoiser), planner="uniform", scheme=scheme, keep_float=kept)
+
+
+def settings_of(row: Row) -> ReconstructionSettings:
+    """What the row's reconstruction is given."""
+    assert row.learning is not None
+    base = FULL if row.long else QUICK
+    learning = replace(row.learning, iterations=base.learning.iterations, batch=base.learning.batch)
+    return replace(base, learning=learning, selection=row.selection)
+
+
+def calibrated(
+    row: Row, denoiser: Any, recording: Recording, memory: Path, told: Callable[[str], Progress]
+) -> tuple[Calibration, tuple[Reconstructed, ...]]:
+    """The row's calibration. memory: where finished units are kept."""
+    plan = plan_of(denoiser, row.scheme)
+    found = calibrate(denoiser, plan, recording, selection=row.selection, observer=row.observer)
+    if row.split:
+        found = apply_everywhere(denoiser, found, recording, "skip-split")
+    if row.learning is None:
+        return found, ()
+    return reconstruct(denoiser, found, recording, settings_of(row), memory=memory, progress=told(f"learn {row.name}"))
