@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from eda_dm_rows import FOLDERS, GUIDANCE, LONG, ROWS, STEPS, Row, calibrated, recording_of
+from eda_dm_rows import FOLDERS, GUIDANCE, LATER, LONG, ROWS, STEPS, Row, calibrated, recording_of
 from measuring import HERE, Results, pipeline, timed
 
 from diffusers_ldmq import Recording, quantize, verify
@@ -69,7 +69,9 @@ class Bench:
         pipe = pipeline(self.model)
         component, denoiser = find_denoiser(pipe)
         memory = self.work / self.model / "learned" / row.name.replace(" ", "-").replace(",", "")
-        (calibration, units), seconds = timed(lambda: calibrated(row, denoiser, recording, memory, self.told.of))
+        (calibration, units), seconds = timed(
+            lambda: calibrated(row, self.model, pipe, recording, memory, self.told.of)
+        )
         quantize(denoiser, calibration)
         report = verify(denoiser, recording)
         pipe.register_modules(**{component: denoiser})
@@ -91,6 +93,7 @@ def main(
     count: Annotated[int | None, typer.Option(help="pictures of a row (5000; bundled: 64)")] = None,
     work: Annotated[Path, typer.Option(help="folder for pictures and finished blocks")] = Path("eda-dm-work"),
     long: Annotated[bool, typer.Option("--long", help="also the rows that learn for 25 minutes")] = False,
+    later: Annotated[bool, typer.Option("--later", help="also rows of methods that came after EDA-DM")] = False,
     only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
 ) -> None:
     """Measure and print."""
@@ -108,12 +111,12 @@ def main(
             if only in name and reference is not None:
                 results.row(name, lambda n=name, s=seed: bench.measured(n, pipeline(model), s))
         made: list[Recording] = []
-        for row in [r for r in (*ROWS, *(LONG if long else ())) if only in r.name]:
+        for row in [r for r in (*ROWS, *(LONG if long else ()), *(LATER if later else ())) if only in r.name]:
             if row.name not in results.rows and not made:
                 made.append(recording_of(model, pipeline(model)))
             results.row(row.name, lambda r=row: bench.quantized(r, made[0]))
     typer.echo(f"{'':24s}" + "".join(f"{column:>17s}" for column in COLUMNS))
-    for name in [*FLOAT_SEEDS, *(row.name for row in (*ROWS, *LONG))]:
+    for name in [*FLOAT_SEEDS, *(row.name for row in (*ROWS, *LONG, *LATER))]:
         if name in results.rows:
             typer.echo(f"{name:24s}" + "".join(_told(results.rows[name].get(column)) for column in COLUMNS))
     typer.echo(f"{results.path}: torch {torch.__version__}, {results.rows['machine']['cpu']}")

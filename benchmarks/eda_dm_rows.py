@@ -11,9 +11,10 @@ from diffusers_ldmq import Recording, calibrate, make_plan, record_calls
 from diffusers_ldmq.artifacts import Calibration, Plan, Reconstructed
 from diffusers_ldmq.correction import apply_everywhere
 from diffusers_ldmq.demo import demo_captions
-from diffusers_ldmq.families import layer_table
+from diffusers_ldmq.families import find_denoiser, layer_table
 from diffusers_ldmq.learning import LearningSettings
 from diffusers_ldmq.progress import Progress
+from diffusers_ldmq.quantization import quantized_for_now
 from diffusers_ldmq.reconstruction import FULL, QUICK, ReconstructionSettings, reconstruct
 from diffusers_ldmq.selections import Selection
 
@@ -30,39 +31,50 @@ Q_DIFFUSION = LearningSettings(
     rounding="soft", decide=30.0, weight_rate=0.1, step_rate=0.0, drop=0.0, mix=0.0, gamma=0.0
 )
 OURS = FULL.learning
+SPLIT = ("skip-split",)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One method. observer: of static ranges; learning: None = rounding to nearest; split: skip concatenations get one
-    factor per half; selection: of the samples that calibrate and that are learned from."""
+    """One method. observer: of static ranges; learning: None = rounding to nearest; corrections: applied to every layer
+    before it learns; selection: of the samples that calibrate and that are learned from; long: with the setting for
+    results, not that for minutes; own_samples: learned once more, on inputs that the quantized model makes itself
+    (TCAQ-DM)."""
 
     name: str
     scheme: str
     selection: str | Selection = "uniform"
     observer: str = "mse"
     learning: LearningSettings | None = None
-    split: bool = False
+    corrections: tuple[str, ...] = ()
     long: bool = False
+    own_samples: bool = False
 
 
 ROWS = (
     Row("W8A8 min-max", "w8a8", observer="minmax"),
-    Row("W8A8 Q-Diffusion-type", "w8a8", learning=Q_DIFFUSION, split=True),
-    Row("W8A8 EDA-DM", "w8a8", "tdac", learning=EDA_DM, split=True),
+    Row("W8A8 Q-Diffusion-type", "w8a8", learning=Q_DIFFUSION, corrections=SPLIT),
+    Row("W8A8 EDA-DM", "w8a8", "tdac", learning=EDA_DM, corrections=SPLIT),
     Row("W8A8 ours", "w8a8", "tdac", learning=OURS),
     Row("W4A8 round to nearest", "w4a8"),
-    Row("W4A8 Q-Diffusion-type", "w4a8", learning=Q_DIFFUSION, split=True),
-    Row("W4A8 EDA-DM", "w4a8", "tdac", learning=EDA_DM, split=True),
+    Row("W4A8 Q-Diffusion-type", "w4a8", learning=Q_DIFFUSION, corrections=SPLIT),
+    Row("W4A8 EDA-DM", "w4a8", "tdac", learning=EDA_DM, corrections=SPLIT),
     Row("W4A8 ours", "w4a8", "tdac", learning=OURS),
-    Row("W4A4 EDA-DM", "w4a4", "tdac", learning=EDA_DM, split=True),
+    Row("W4A4 EDA-DM", "w4a4", "tdac", learning=EDA_DM, corrections=SPLIT),
     Row("W4A4 ours", "w4a4", "tdac", learning=OURS),
 )
 LONG = (
-    Row("W4A8 EDA-DM, long", "w4a8", "tdac", learning=EDA_DM, split=True, long=True),
+    Row("W4A8 EDA-DM, long", "w4a8", "tdac", learning=EDA_DM, corrections=SPLIT, long=True),
     Row("W4A8 ours, long", "w4a8", "tdac", learning=OURS, long=True),
 )
 """With the setting for results instead of that for minutes."""
+LATER = (
+    Row("W4A8 ours, dilated", "w4a8", "tdac", learning=OURS, corrections=("dilate",)),
+    Row("W4A8 ours, low rank", "w4a8", "tdac", learning=OURS, corrections=("low-rank",)),
+    Row("W4A8 ours, dynamic", "w4a8-dyn", "tdac", learning=OURS),
+    Row("W4A8 ours, own samples", "w4a8", "tdac", learning=OURS, own_samples=True),
+)
+"""Methods after EDA-DM: DilateQuant, SVDQuant, ViDiT-Q, TCAQ-DM."""
 
 
 def recording_of(model: str, pipe: Any) -> Recording:
@@ -96,13 +108,21 @@ def settings_of(row: Row) -> ReconstructionSettings:
 
 
 def calibrated(
-    row: Row, denoiser: Any, recording: Recording, memory: Path, told: Callable[[str], Progress]
+    row: Row, model: str, pipe: Any, recording: Recording, memory: Path, told: Callable[[str], Progress]
 ) -> tuple[Calibration, tuple[Reconstructed, ...]]:
     """The row's calibration. memory: where finished units are kept."""
+    _, denoiser = find_denoiser(pipe)
     plan = plan_of(denoiser, row.scheme)
-    found = calibrate(denoiser, plan, recording, selection=row.selection, observer=row.observer)
-    if row.split:
-        found = apply_everywhere(denoiser, found, recording, "skip-split")
+    start = calibrate(denoiser, plan, recording, selection=row.selection, observer=row.observer)
+    for correction in row.corrections:
+        start = apply_everywhere(denoiser, start, recording, correction)
     if row.learning is None:
-        return found, ()
-    return reconstruct(denoiser, found, recording, settings_of(row), memory=memory, progress=told(f"learn {row.name}"))
+        return start, ()
+    chosen, progress = settings_of(row), told(f"learn {row.name}")
+    found, units = reconstruct(denoiser, start, recording, chosen, memory=memory, progress=progress)
+    if row.own_samples:
+        with quantized_for_now(denoiser, found):
+            own = recording_of(model, pipe)
+        again = memory.with_name(f"{memory.name}-own")
+        found, units = reconstruct(denoiser, start, own, chosen, memory=again, progress=progress)
+    return found, units
