@@ -2,7 +2,7 @@
 
     python benchmarks/eda_dm.py bundled
     python benchmarks/eda_dm.py cifar-ddim --reference cifar10_train.zip
-    python benchmarks/eda_dm.py cifar-ddim --reference cifar10_train.zip --long
+    python benchmarks/eda_dm.py cifar-ddim --reference cifar10_train.zip --also long,later
 
 Every finished row is written to benchmarks/results/eda_dm-MODEL.json, and the command goes on where it stopped, in a
 fresh clone too; within a row it goes on from --work. FID, sFID, precision and recall are measured with the classifier
@@ -69,9 +69,8 @@ class Bench:
         pipe = pipeline(self.model)
         component, denoiser = find_denoiser(pipe)
         memory = self.work / self.model / "learned" / row.name.replace(" ", "-").replace(",", "")
-        (calibration, units), seconds = timed(
-            lambda: calibrated(row, self.model, pipe, recording, memory, self.told.of)
-        )
+        learn = lambda: calibrated(row, self.model, pipe, recording, memory, self.told.of)  # noqa: E731
+        (calibration, units), seconds = timed(learn)
         quantize(denoiser, calibration)
         report = verify(denoiser, recording)
         pipe.register_modules(**{component: denoiser})
@@ -92,8 +91,7 @@ def main(
     reference: Annotated[Path | None, typer.Option(help="zip or folder of real pictures, for FID")] = None,
     count: Annotated[int | None, typer.Option(help="pictures of a row (5000; bundled: 64)")] = None,
     work: Annotated[Path, typer.Option(help="folder for pictures and finished blocks")] = Path("eda-dm-work"),
-    long: Annotated[bool, typer.Option("--long", help="also the rows that learn for 25 minutes")] = False,
-    later: Annotated[bool, typer.Option("--later", help="also rows of methods that came after EDA-DM")] = False,
+    also: Annotated[str, typer.Option(help="long (rows that learn for longer), later (methods after EDA-DM)")] = "",
     only: Annotated[str, typer.Option(help="rows whose name contains this")] = "",
 ) -> None:
     """Measure and print."""
@@ -111,7 +109,8 @@ def main(
             if only in name and reference is not None:
                 results.row(name, lambda n=name, s=seed: bench.measured(n, pipeline(model), s))
         made: list[Recording] = []
-        for row in [r for r in (*ROWS, *(LONG if long else ()), *(LATER if later else ())) if only in r.name]:
+        wanted = (*ROWS, *(LONG if "long" in also else ()), *(LATER if "later" in also else ()))
+        for row in [r for r in wanted if only in r.name]:
             if row.name not in results.rows and not made:
                 made.append(recording_of(model, pipeline(model)))
             results.row(row.name, lambda r=row: bench.quantized(r, made[0]))
