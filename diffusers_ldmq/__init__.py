@@ -16,6 +16,7 @@ from .planning import make_plan
 from .plugin import register
 from .profiling import ProfileSettings, profile_sqnr
 from .quantization import quantize
+from .reconstruction import ReconstructionSettings, reconstruct
 from .recording import record_calls
 from .twin import register as register_text
 from .verification import verify
@@ -33,6 +34,7 @@ __all__ = [
     "ProfileSettings",
     "QuantizedLDMPipeline",
     "Recording",
+    "ReconstructionSettings",
     "Report",
     "__version__",
     "calibrate",
@@ -42,6 +44,7 @@ __all__ = [
     "profile_sqnr",
     "quantize",
     "record_calls",
+    "reconstruct",
     "set_low_memory",
     "verify",
 ]

@@ -41,11 +41,11 @@ def identity_of(
         "version": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "weights": _digest(weights),
-        "schemes": hashlib.sha256(json.dumps(schemes, sort_keys=True).encode()).hexdigest()[:16],
-        "calibration": _digest(tensors),
-        "recording": hashlib.sha256("".join(call.output for call in recording.calls).encode()).hexdigest()[:16],
         "settings": to_json(settings),
+        "weights": _digest(weights),
+        "recording": hashlib.sha256("".join(call.output for call in recording.calls).encode()).hexdigest()[:16],
+        "schemes": hashlib.sha256(json.dumps(schemes, sort_keys=True).encode()).hexdigest()[:16],
+        "calibration": _digest(tensors),  # last: it follows from those above, which say more to people
     }
 
 
@@ -121,7 +121,7 @@ def _refuse_other(folder: Path, found: Any, expected: dict[str, Any]) -> None:
     if not isinstance(found, dict):
         raise CheckpointError(f"{folder}/identity.json: is damaged; name another folder, or delete this one")
     now, then = _flat(to_json(expected)), _flat(found)
-    for name in sorted(now.keys() | then.keys()):
+    for name in {**now, **then}:
         if now.get(name) != then.get(name):
             raise CheckpointError(
                 f"{folder}: a reconstruction with {name} = {then.get(name)!r} began there, this one has "
