@@ -77,7 +77,7 @@ class UnitLearner:
         generator: torch.Generator,
     ) -> None:
         self.denoiser, self.unit, self.rows, self.settings, self.generator = denoiser, unit, rows, settings, generator
-        self.states = states
+        self.states, self.device = states, next(iter(states.values())).weight.device
         self.drops, self.mixing = Drops(settings.drop, generator), Drops(settings.mix, generator)
         straight = settings.rounding == "straight"
         self.layers = {
@@ -101,7 +101,8 @@ class UnitLearner:
         return loss
 
     def _outputs(self, rows: Tensor, mixed: bool) -> dict[str, Tensor]:
-        given = unflatten(self.rows.arguments(rows, self.mixing.mask if mixed else None))
+        flat = self.rows.arguments(rows, self.mixing.mask if mixed else None)
+        given = unflatten({p: v.to(self.device) if isinstance(v, Tensor) else v for p, v in flat.items()})
         positions = sorted((key for key in given if key.startswith("#")), key=lambda key: int(key[1:]))
         args = [given.pop(key) for key in positions]
         output = self.denoiser.get_submodule(self.unit.name)(*args, **given)
@@ -110,12 +111,13 @@ class UnitLearner:
 
     def _error(self, key: str, found: Tensor, target: Tensor) -> Tensor:
         """Squared error over the target's mean energy."""
-        return (found.float() - target.float()).square().sum() / (len(target) * self.energies[key])
+        return (found.float() - target.to(found.device).float()).square().sum() / (len(target) * self.energies[key])
 
     def _block_error(self, outputs: dict[str, Tensor], rows: Tensor) -> Tensor:
         """Of the unit's outputs; weighted by what its elements matter, where that is known (mean 1)."""
         if self.sensitivity is not None and list(outputs) == [""]:
-            error = (outputs[""].float() - self.rows.outputs[""][rows].float()).square() * self.sensitivity
+            target = self.rows.outputs[""][rows].to(self.device)
+            error = (outputs[""].float() - target.float()).square() * self.sensitivity.to(self.device)
             return error.sum() / (len(rows) * self.energies[""])
         return torch.stack([self._error(p, out, self.rows.outputs[p][rows]) for p, out in outputs.items()]).sum()
 

@@ -77,9 +77,8 @@ def test_going_on_with_other_settings_is_refused_by_name(
     with monkeypatch.context() as patched:
         patched.setattr(Stages, "__call__", interrupted)
         ldmq(*common(tiny, prompts, tmp_path / "q")).is_interrupted()
-    ldmq(*common(tiny, prompts, tmp_path / "q"), "--seed", 7).is_refused(
-        "settings.seed = 0", "name another folder, or delete"
-    )
+    other = ldmq(*common(tiny, prompts, tmp_path / "q"), "--seed", 7)
+    other.is_refused("settings.seed = 0", "name another folder, or delete")
 
 
 def test_an_unknown_setting_is_refused_at_once(tiny: Path, tmp_path: Path, ldmq) -> None:
