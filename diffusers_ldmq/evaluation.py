@@ -185,10 +185,13 @@ def _with_originals(result: Evaluation, pictures: PictureSet, originals: Picture
 
 def evaluation_table(found: Evaluation) -> Table:
     """The figures for people."""
-    run, table = found.run, Table(title_justify="left", show_header=False, show_edge=False)
+    run, table = found.run, Table(show_header=False, show_edge=False)
     steps = f"{run.steps} steps, " if run.steps else ""
-    table.title = f"{run.model}: {found.count} pictures, {steps}seeds {run.seed} to {run.seed + found.count - 1}"
+    table.add_column()
+    table.add_column(overflow="fold")
     rows = {
+        "model": run.model,
+        "pictures": f"{found.count}, {steps}seeds {run.seed} to {run.seed + found.count - 1}",
         "extractor": found.extractor,
         "reference": found.reference_count and f"{found.reference_count} pictures, {found.reference}",
         "FID": _told(found.fid),

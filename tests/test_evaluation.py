@@ -60,7 +60,7 @@ def test_everything_at_once(tmp_path: Path, extractor: FeatureExtractor, clip: C
     assert told == [("features", 60, 60)]
     found.save(tmp_path / "evaluation.json")
     assert Evaluation.load(tmp_path / "evaluation.json") == found
-    assert evaluation_table(found).row_count == 11
+    assert evaluation_table(found).row_count == 13
 
 
 def test_equal_sets_are_perfect(tmp_path: Path, extractor: FeatureExtractor) -> None:
