@@ -41,8 +41,8 @@ def record_calls(
     images. With selection 'first-step' the calibrating runs end after the first step; with one that looks at features
     ('tdac') those of the first calibrating run are kept.
 
-    Raises LDMQError for an unknown selection, RecordingError if the pipeline has no known denoiser or a compiled one, an
-    argument cannot be recorded, or the denoiser's output holds NaN or Inf.
+    Raises LDMQError for an unknown selection, RecordingError if the pipeline has no known denoiser or a compiled one,
+    an argument cannot be recorded, or the denoiser's output holds NaN or Inf.
     """
     if not inputs:
         raise RecordingError("no inputs to record; pass at least one dict of the pipeline's __call__ arguments")
