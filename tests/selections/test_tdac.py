@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusers_ldmq import Recording
 from diffusers_ldmq.calls import Call
-from diffusers_ldmq.errors import CalibrationError
+from diffusers_ldmq.errors import CalibrationError, LDMQError
 from diffusers_ldmq.selections import SELECTIONS, TDAC, TDACScores, find_selection, selection_name, uniform
 from diffusers_ldmq.selections.tdac import allocate, squared_differences, variety
 
@@ -224,6 +224,8 @@ def test_a_selection_is_found_by_name_or_given_and_has_a_name() -> None:
     strong = TDAC(strength=5.0)
     assert find_selection("tdac") == TDAC()
     assert find_selection(strong) is strong
+    with pytest.raises(LDMQError, match="selection is 5; expected one of first-step, normal, tdac, uniform or"):
+        find_selection(5)  # pyright: ignore[reportArgumentType]
     assert selection_name("any") == "any"
     assert selection_name(uniform) == "uniform"
     assert selection_name(TDAC()) == "tdac"
