@@ -28,6 +28,7 @@ def _draw(figure: Any, scores: TDACScores) -> None:
     axes.plot(steps, scores.variety, "s-", color=COLOURS[1], markersize=4, label="variety V")
     axes.set_zorder(samples.get_zorder() + 1)  # the curves stand before the bars
     axes.patch.set_visible(False)
+    axes.set_xlim(-0.7, len(scores.counts) - 0.3)
     axes.set_ylim(-0.05, 1.25)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("sampling step (pure noise on the left, finished picture on the right)")

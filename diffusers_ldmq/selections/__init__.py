@@ -1,5 +1,6 @@
 """Which recorded samples calibrate: one file, one rule. (Recording, n) -> n samples."""
 
+from ..errors import LDMQError
 from ..registry import Registry
 from .contract import Selection
 from .first_step import first_step
@@ -15,8 +16,14 @@ SELECTIONS.add("uniform", uniform)
 
 
 def find_selection(selection: str | Selection) -> Selection:
-    """The selection of that name, or the one given. Raises LDMQError for an unknown name."""
-    return SELECTIONS[selection] if isinstance(selection, str) else selection
+    """The selection of that name, or the one given. Raises LDMQError for an unknown name and for what is neither."""
+    if isinstance(selection, str):
+        return SELECTIONS[selection]
+    if not callable(selection):
+        raise LDMQError(
+            f"selection is {selection!r}; expected one of {', '.join(SELECTIONS)} or a Selection, as TDAC()"
+        )
+    return selection
 
 
 def selection_name(selection: str | Selection) -> str:

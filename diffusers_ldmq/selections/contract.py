@@ -1,6 +1,7 @@
 """The contract of a selection, and how steps are given to trajectories."""
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..calls import Recording, SampleId
@@ -23,16 +24,17 @@ def give_steps(recording: Recording, places: Sequence[float], seed: int) -> tupl
     steps: dict[tuple[int, int], list[int]] = {}
     for sample in recording.samples():
         steps.setdefault(sample.trajectory, []).append(sample.step)
-    free = {trajectory: sorted(own) for trajectory, own in steps.items()}
-    order = list(steps)
-    random.Random(seed).shuffle(order)
+    trajectories = list(steps)
+    random.Random(seed).shuffle(trajectories)
+    turns = deque((trajectory, list(range(len(steps[trajectory])))) for trajectory in trajectories)
     chosen: list[SampleId] = []
     for place in sorted(places):  # equal steps come one after the other and so go to different trajectories
-        order = [trajectory for trajectory in order if free[trajectory]]
-        trajectory = order.pop(0)
-        order.append(trajectory)
+        trajectory, free = turns.popleft()
         own = sorted(steps[trajectory])
-        step = min(free[trajectory], key=lambda s: (abs(own.index(s) - round(place * (len(own) - 1))), s))
-        free[trajectory].remove(step)
-        chosen.append(SampleId(trajectory, step))
+        position = round(place * (len(own) - 1))
+        nearest = min(free, key=lambda index: (abs(index - position), index))
+        free.remove(nearest)
+        chosen.append(SampleId(trajectory, own[nearest]))
+        if free:
+            turns.append((trajectory, free))
     return tuple(chosen)

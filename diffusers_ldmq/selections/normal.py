@@ -17,9 +17,9 @@ def normal(recording: Recording, n: int | None = None) -> tuple[SampleId, ...]:
     A time outside [0, T] is drawn again: the paper's code sets it to the nearest end, which at this deviation would
     put a third of all samples on the schedule's two ends.
     """
-    draw = random.Random(SEED)
+    draw, count = random.Random(SEED), wanted(recording, n)
     places: list[float] = []
-    while len(places) < wanted(recording, n):
+    while len(places) < count:
         time = draw.gauss(MEAN, DEVIATION)
         if 0 <= time <= 1:
             places.append(1 - time)
