@@ -4,7 +4,8 @@
 
 Rows: which steps the samples come from (TDAC, uniform, normal, first step) at equal numbers of samples, for ranges
 alone and for learning; the losses (block + layers, block alone, layers alone; plain or Hessian); the rounding
-(straight through, AdaRound with and without its push to a decision). All learn for as long, and briefly: rows compare.
+(straight through, AdaRound with and without its push to a decision). All learn for as long, and briefly: rows compare. The
+presets (`--only preset`) learn as long as `ldmq quantize --reconstruct quick` and `full` do.
 Besides, what corrections of the output or of the time path would bring (PTQD, TFMQ-DM).
 """
 
@@ -24,7 +25,7 @@ from diffusers_ldmq.families import find_denoiser, layer_table
 from diffusers_ldmq.learning import LearningSettings
 from diffusers_ldmq.metrics import Power, total
 from diffusers_ldmq.quantization import quantized_for_now
-from diffusers_ldmq.reconstruction import ReconstructionSettings, reconstruct
+from diffusers_ldmq.reconstruction import PRESETS, ReconstructionSettings, reconstruct
 from diffusers_ldmq.terminal import quiet_libraries, stages
 
 BRIEF = ReconstructionSettings(LearningSettings(iterations=60), samples=64)
@@ -128,6 +129,8 @@ def rows(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     for selection in SELECTIONS[1:]:
         chosen = replace(BRIEF, selection=selection)
         found[f"w4a8 learned on: {selection}"] = lambda n=selection, s=chosen: bench.learned(n, s)
+    for name, preset in PRESETS.items():
+        found[f"w4a8 preset: {name}"] = lambda n=name, s=preset: bench.learned(n, s)
     return found
 
 
