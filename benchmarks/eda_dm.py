@@ -98,8 +98,15 @@ def main(
     quiet_libraries()
     count = count or (64 if model == "bundled" else 5000)
     results = Results(f"eda_dm-{model}")
-    results.rows.setdefault("setting", {"count": count, "steps": STEPS, "guidance": GUIDANCE.get(model)})
     extractor = load_extractor(EXTRACTOR) if reference is not None else None
+    setting: dict[str, Any] = {
+        "count": count,
+        "steps": STEPS,
+        "guidance": GUIDANCE.get(model),
+        "extractor": extractor and extractor.name,
+    }
+    if results.rows.setdefault("setting", setting) != setting:
+        raise typer.BadParameter(f"{results.path} was begun with {results.rows['setting']}, now {setting}: delete it")
     with stages() as told:
         real = None
         if reference is not None and extractor is not None:

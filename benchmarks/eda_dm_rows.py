@@ -16,7 +16,7 @@ from diffusers_ldmq.learning import LearningSettings
 from diffusers_ldmq.progress import Progress
 from diffusers_ldmq.quantization import quantized_for_now
 from diffusers_ldmq.reconstruction import FULL, QUICK, ReconstructionSettings, reconstruct
-from diffusers_ldmq.selections import Selection
+from diffusers_ldmq.selections import TDAC, Selection
 
 STEPS = 20
 FOLDERS |= {name: HERE / "models" / name for name in ("cifar-ddim", "cifar-classes", "cifar-unconditional")}
@@ -24,11 +24,16 @@ GUIDANCE = {"bundled": 5.0, "cifar-classes": 2.0}
 CALIBRATING, HELD_OUT = 128, 32
 """Trajectories of each of two calibrating calls, and of the calls that select and verify (bundled: a quarter)."""
 
-# What the released code does (rates for W4A8 on CIFAR-10), in the iterations that a row may take.
-EDA_DM = LearningSettings(rounding="soft", decide=0.0, weight_rate=0.5, step_rate=1e-3, drop=0.5, mix=0.5, gamma=0.8)
-# BRECQ's blocks with AdaRound's push to a decision, weights only, inputs of the quantized prefix alone.
+# The released code's way in the iterations that a row may take (120 to 500, there 1,000 to 5,000): its rates for
+# CIFAR-10, the largest; its steps learn in their own scale, ours in that of their logarithm.
+RATES = {"w8a8": 5e-2, "w4a8": 0.5, "w4a4": 0.5}
+EDA_DM = LearningSettings(rounding="soft", decide=0.0, step_rate=5e-4, drop=0.5, mix=0.5, gamma=0.8)
+TDAC_OF = {"bundled": TDAC(5.0, radius=0.3), "cifar-ddim": TDAC(1.2, radius=3.0)}
+TDAC_PUBLISHED = TDAC(1.0, radius=0.3)
+"""lambda and r as published for Stable Diffusion and DDIM on CIFAR-10; for the others those of latent diffusion."""
+# BRECQ's blocks with AdaRound's push to a decision; steps are learned along, where the original does that afterwards.
 Q_DIFFUSION = LearningSettings(
-    rounding="soft", decide=30.0, weight_rate=0.1, step_rate=0.0, drop=0.0, mix=0.0, gamma=0.0
+    rounding="soft", decide=30.0, weight_rate=0.1, step_rate=1e-3, drop=0.0, mix=0.0, gamma=0.0
 )
 OURS = FULL.learning
 SPLIT = ("skip-split",)
@@ -99,12 +104,14 @@ def plan_of(denoiser: Any, scheme: str) -> Plan:
     return make_plan(layer_table(denoiser), planner="uniform", scheme=scheme, keep_float=kept)
 
 
-def settings_of(row: Row) -> ReconstructionSettings:
+def settings_of(row: Row, selection: str | Selection) -> ReconstructionSettings:
     """What the row's reconstruction is given."""
     assert row.learning is not None
     base = FULL if row.long else QUICK
     learning = replace(row.learning, iterations=base.learning.iterations, batch=base.learning.batch)
-    return replace(base, learning=learning, selection=row.selection)
+    if row.learning is EDA_DM:
+        learning = replace(learning, weight_rate=RATES[row.scheme])
+    return replace(base, learning=learning, selection=selection)
 
 
 def calibrated(
@@ -113,12 +120,14 @@ def calibrated(
     """The row's calibration. memory: where finished units are kept."""
     _, denoiser = find_denoiser(pipe)
     plan = plan_of(denoiser, row.scheme)
+    published = TDAC_OF.get(model, TDAC_PUBLISHED)
+    selection = published if row.learning is EDA_DM else row.selection
     start = calibrate(denoiser, plan, recording, selection=row.selection, observer=row.observer)
     for correction in row.corrections:
         start = apply_everywhere(denoiser, start, recording, correction)
     if row.learning is None:
         return start, ()
-    chosen, progress = settings_of(row), told(f"learn {row.name}")
+    chosen, progress = settings_of(row, selection), told(f"learn {row.name}")
     found, units = reconstruct(denoiser, start, recording, chosen, memory=memory, progress=progress)
     if row.own_samples:
         with quantized_for_now(denoiser, found):

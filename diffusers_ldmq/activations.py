@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import Batch
-from .errors import OutputError
-from .units import Unit, in_place, watch, watch_arguments
+from .calls import UNBATCHED, Batch, parts
+from .errors import CalibrationError, OutputError
+from .units import Unit, in_place, row_bytes, watch, watch_arguments
 
 
 @dataclass(slots=True)
@@ -91,16 +91,16 @@ class UnitRows:
     def arguments(self, rows: Tensor, mask: Callable[[Tensor], Tensor | None] | None = None) -> dict[str, Any]:
         """Arguments by path for some rows, int64 [n], behind quantized layers. mask: True where an element comes from
         the float run instead."""
-        found = {p: v[rows] if self.has_rows(v) else v for p, v in self.exact.items()}
+        found = {p: v[rows] if self.has_rows(p) else v for p, v in self.exact.items()}
         for path, values in self.rounded.items():
             given = values[rows]
             keep = mask(given) if mask is not None else None
             found[path] = given if keep is None else torch.where(keep, found[path], given)
         return found
 
-    def has_rows(self, value: Any) -> bool:
-        """True for a tensor with one entry per row."""
-        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.count
+    def has_rows(self, path: str) -> bool:
+        """True for an argument with one entry per row."""
+        return _has_rows(path, self.exact[path], self.count)
 
 
 def gather_exact(
@@ -108,14 +108,15 @@ def gather_exact(
 ) -> dict[str, UnitRows]:
     """What each of the units, given in execution order, sees over the batches in the float denoiser."""
     count = sum(batch.output.shape[0] for batch in batches)
-    found = {unit.name: [_Columns(count, store) for _ in range(3)] for unit in units}
+    kinds = ("argument", "output", "layer")
+    found = {unit.name: [_Columns(f"{unit.name!r}, {kind}", count, store) for kind in kinds] for unit in units}
     for batch in batches:
         for name, seen in watch(denoiser, units, batch).items():
             for columns, values in zip(found[name], (seen.arguments, seen.outputs, seen.layers), strict=True):
                 columns.add(values, batch)
     return {
         name: UnitRows({**given.constants, **given.columns}, {}, outputs.columns, layers.columns, count)
-        for name, (given, outputs, layers) in found.items()
+        for name, (given, outputs, layers) in ((n, [c.complete() for c in three]) for n, three in found.items())
     }
 
 
@@ -132,11 +133,11 @@ def with_rounded(
     What has no axis beside rows and channels, as time embeddings have, stays that of the float run."""
     if not before:
         return rows
-    rounded = _Columns(rows.count, store)
+    rounded = _Columns(f"{unit.name!r}, argument", rows.count, store)
     with in_place(denoiser, before):
         for batch in batches:
             given = watch_arguments(denoiser, unit, batch)
-            rounded.add({p: v for p, v in given.items() if isinstance(v, Tensor) and v.dim() > 2}, batch)
+            rounded.add({p: v for p, v in given.items() if rows.has_rows(p) and v.dim() > 2}, batch)
     changed = {p: v for p, v in rounded.columns.items() if not torch.equal(v, rows.exact[p])}
     return replace(rows, rounded=changed)
 
@@ -145,13 +146,12 @@ def windows(
     denoiser: nn.Module, units: Sequence[Unit], batch: Batch, rows: int, budget: int
 ) -> Iterator[tuple[Unit, ...]]:
     """The units in groups whose activations in the float run fit into `budget` bytes for so many rows; one at least."""
-    seen = watch(denoiser, units, batch)
+    one = next(parts(batch, 1))
+    sizes = row_bytes(denoiser, units, one)
     group: list[Unit] = []
     room = float(budget)
     for unit in units:
-        parts = (seen[unit.name].arguments, seen[unit.name].outputs, seen[unit.name].layers)
-        size = sum(v.nbytes for part in parts for v in part.values() if isinstance(v, Tensor))
-        size = size * rows / batch.output.shape[0]
+        size = sizes[unit.name] * rows / one.output.shape[0]
         if group and size > room:
             yield tuple(group)
             group, room = [], float(budget)
@@ -162,8 +162,12 @@ def windows(
 
 @dataclass(slots=True)
 class _Columns:
-    """Tensors with one entry per row, filled batch after batch; what comes otherwise is a constant."""
+    """Tensors with one entry per row, filled batch after batch; what comes otherwise is a constant.
 
+    what: names the values in errors.
+    """
+
+    what: str
     count: int
     store: ActivationStore
     columns: dict[str, Tensor] = field(default_factory=dict)
@@ -171,13 +175,40 @@ class _Columns:
     filled: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Any], batch: Batch) -> None:
+        """Raises CalibrationError for a value that belongs to no row and differs from call to call."""
         rows = batch.output.shape[0]
         for path, value in values.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != rows:
-                self.constants[path] = value
+            if not _has_rows(path, value, rows):
+                self._keep_constant(path, value)
                 continue
             if path not in self.columns:
                 self.columns[path] = self.store.empty(self.count, value)
-            start = self.filled.get(path, 0)
-            self.columns[path][start : start + rows] = value
+            start, column = self.filled.get(path, 0), self.columns[path]
+            if column.shape[1:] != value.shape[1:]:
+                raise self._differs(path, f"has shape {list(column.shape[1:])} in one and {list(value.shape[1:])}")
+            column[start : start + rows] = value
             self.filled[path] = start + rows
+
+    def _keep_constant(self, path: str, value: Any) -> None:
+        known = self.constants.setdefault(path, value)
+        alike = torch.equal(known, value) if isinstance(value, Tensor) and isinstance(known, Tensor) else known == value
+        if isinstance(value, Tensor) != isinstance(known, Tensor) or not alike:
+            raise self._differs(path, "is one thing for all rows in one and another")
+
+    def complete(self) -> "_Columns":
+        """Itself. Raises CalibrationError where a value was there in some calls only."""
+        for path, filled in self.filled.items():
+            if filled != self.count or path in self.constants:
+                raise self._differs(path, "is a tensor of rows in one and none")
+        return self
+
+    def _differs(self, path: str, how: str) -> CalibrationError:
+        return CalibrationError(
+            f"{self.what} {path!r} {how} in another recorded call, so they cannot be learned from together; record "
+            f"inputs of one kind and size"
+        )
+
+
+def _has_rows(path: str, value: Any, rows: int) -> bool:
+    batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+    return batched and path.split("/")[0] not in UNBATCHED

@@ -188,10 +188,11 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Reconstructed:
-    """What learning the rounding of one unit brought, as SQNR in dB of its own output behind quantized layers.
+    """What learning the rounding of one unit brought, as SQNR in dB of its own output behind quantized layers, on
+    samples that it did not learn from.
 
-    layers: how many it has; before: rounded to nearest; soft: learned, the rounding still undecided; after: decided, as
-    it runs; kept: it is better than before and part of the calibration.
+    layers: how many it has; before: as it was given; soft: as learned, undecided where rounding is soft; after: as it
+    runs; kept: it is better than before and part of the calibration.
     """
 
     unit: str

@@ -1,5 +1,7 @@
 """What is done to a calibration before it is used: the worst layers corrected, all rounding learned."""
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from .calls import Recording
 from .correction import correct
 from .planners import Target, plan_bytes, predict
 from .progress import StageProgress
-from .reconstruction import reconstruct
+from .reconstruction import fitted, reconstruct
 from .settings import Settings, corrections_of, reconstruction_of
 from .tables import LayerTable
 
@@ -46,7 +48,10 @@ class Improver:
         chosen = reconstruction_of(self.settings.reconstruction)
         if chosen is None:
             return Improved(calibration, trials, ())
-        chosen, told = replace(chosen, seed=self.settings.seed), self.told
+        chosen, told = fitted(replace(chosen, seed=self.settings.seed), self.recording), self.told
+        if memory is not None:  # plans may be raised: each has its own
+            schemes = json.dumps(calibration.plan.quantized(), sort_keys=True)
+            memory = memory / hashlib.sha256(schemes.encode()).hexdigest()[:8]
         calibration, units = reconstruct(
             denoiser,
             calibration,

@@ -5,7 +5,8 @@ each the squared error over its target's mean energy (EDA-DM, fine-grained block
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from .activations import UnitRows
-from .calls import evaluating, flatten, unflatten
+from .calls import evaluating, unflatten
 from .errors import CalibrationError
+from .layers import QuantizedLayer, quantize_layer
 from .metrics import energy
 from .rounding import Drops, LearnedLayer
 from .specs import LayerState
-from .units import Unit, in_place
+from .units import Unit, in_place, output_tensors
 
 WARM_UP = 0.2
 """Share of the iterations in which the rounding may stay undecided."""
 SHARPNESS = (20.0, 2.0)
 """Exponent of the push to a decision after the warm-up and at the end (AdaRound, section 3.2)."""
-JUDGED_ROWS = 64
-"""Rows on which a unit is judged before and after, evenly from all."""
+HELD_OUT = 8
+"""Every so many rows one is not learned from: a unit is judged on these, because blocks overfit (EDA-DM)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +54,32 @@ class LearningSettings:
     rounding: Literal["straight", "soft"] = "straight"
     decide: float = 1.0
 
+    def __post_init__(self) -> None:
+        checks = {
+            "iterations": self.iterations >= 1,
+            "batch": self.batch >= 1,
+            "gamma": self.gamma >= 0,
+            "block": self.block >= 0 and self.block + self.gamma > 0,
+            "weight_rate": self.weight_rate > 0,
+            "step_rate": self.step_rate >= 0,
+            "drop": 0 <= self.drop <= 1,
+            "mix": 0 <= self.mix <= 1,
+            "rounding": self.rounding in ("straight", "soft"),
+            "decide": self.decide >= 0,
+        }
+        for name, holds in checks.items():
+            if not holds:
+                raise CalibrationError(
+                    f"{name}={getattr(self, name)!r} cannot be learned with; rounding is 'straight' or 'soft', drop "
+                    f"and mix are shares, counts start at 1, weights and rates at 0 (block and gamma not both 0)"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """A unit after learning. before: relative squared error of the block's output, rounded to nearest; soft: with the
-    learned rounding still undecided; after: decided, as it will run (kept only where it is less than before)."""
+    """A unit after learning. Relative squared errors of its output on rows that were not learned from: before, with the
+    states that were given; soft, as learned (undecided where rounding is soft); after, as it will run. The states are
+    the learned ones only where `after` is less than `before`."""
 
     states: dict[str, LayerState]
     before: float
@@ -84,16 +107,26 @@ class UnitLearner:
             name: LearnedLayer(denoiser.get_submodule(name), states[name], self.drops, straight=straight)
             for name in unit.layers
         }
-        self.targets = {} if unit.is_layer or settings.gamma == 0 else {n: rows.layers[n] for n in unit.layers[:-1]}
-        self.sensitivity: Tensor | None = None
+        self.targets = self._layer_targets()
+        self.sensitivity: dict[str, Tensor] = {}
         self.energies = {key: _energy(value) for key, value in {**rows.outputs, **self.targets}.items()}
+        every = torch.arange(rows.count)
+        held_out = every % HELD_OUT == HELD_OUT - 1
+        self.learned_rows, self.judged_rows = every[~held_out], every[held_out] if held_out.any() else every
+
+    def _layer_targets(self) -> dict[str, Tensor]:
+        """Outputs of the float layers that have a loss of their own: all but the last, which the block's loss sees."""
+        if self.unit.is_layer or self.settings.gamma == 0:
+            return {}
+        names = self.unit.layers[:-1] if self.settings.block else self.unit.layers
+        return {name: self.rows.layers[name] for name in names if name in self.rows.layers}
 
     def loss(self, rows: Tensor, *, mixed: bool) -> Tensor:
         """The loss of some rows, int64 [n]. mixed: part of the input comes from the float run."""
         for layer in self.layers.values():
             layer.seen.clear()
         outputs = self._outputs(rows, mixed)
-        block = self._block_error(outputs, rows)
+        block = self._block_error(outputs, rows, weighted=True)
         loss = self.settings.block * block if self.targets else block
         for name, target in self.targets.items():
             if self.layers[name].seen:
@@ -105,31 +138,35 @@ class UnitLearner:
         given = unflatten({p: v.to(self.device) if isinstance(v, Tensor) else v for p, v in flat.items()})
         positions = sorted((key for key in given if key.startswith("#")), key=lambda key: int(key[1:]))
         args = [given.pop(key) for key in positions]
-        output = self.denoiser.get_submodule(self.unit.name)(*args, **given)
-        flat = flatten(output) if isinstance(output, (tuple, list, dict)) else {"": output}
-        return {path: value for path, value in flat.items() if isinstance(value, Tensor)}
+        found = output_tensors(self.denoiser.get_submodule(self.unit.name)(*args, **given))
+        return {path: found[path] for path in self.rows.outputs}
 
-    def _error(self, key: str, found: Tensor, target: Tensor) -> Tensor:
-        """Squared error over the target's mean energy."""
-        return (found.float() - target.to(found.device).float()).square().sum() / (len(target) * self.energies[key])
+    def _error(self, key: str, found: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Squared error over the target's mean energy; weight: of the elements of one row, mean 1."""
+        error = (found.float() - target.to(found.device).float()).square()
+        error = error if weight is None else error * weight.to(found.device)
+        return error.sum() / (len(target) * self.energies[key])
 
-    def _block_error(self, outputs: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """Of the unit's outputs; weighted by what its elements matter, where that is known (mean 1)."""
-        if self.sensitivity is not None and list(outputs) == [""]:
-            target = self.rows.outputs[""][rows].to(self.device)
-            error = (outputs[""].float() - target.float()).square() * self.sensitivity.to(self.device)
-            return error.sum() / (len(rows) * self.energies[""])
-        return torch.stack([self._error(p, out, self.rows.outputs[p][rows]) for p, out in outputs.items()]).sum()
+    def _block_error(self, outputs: dict[str, Tensor], rows: Tensor, *, weighted: bool) -> Tensor:
+        """Of the unit's outputs together. weighted: by what their elements matter, where that is known."""
+        weights = self.sensitivity if weighted else {}
+        errors = [self._error(p, out, self.rows.outputs[p][rows], weights.get(p)) for p, out in outputs.items()]
+        return torch.stack(errors).sum()
 
     def learn(self, told: Callable[[int], None] | None = None) -> Learned:
         """told: called with the iterations done. Raises CalibrationError, naming the unit, for a loss that is not
         finite."""
-        with in_place(self.denoiser, self.layers), evaluating(self.denoiser):
-            before = self._judge(decided=True)
-            self._optimise(before, told)
-            soft, after = self._judge(decided=False), self._judge(decided=True)
-        better = {name: layer.hardened() for name, layer in self.layers.items()} if after < before else self.states
-        return Learned(better, before, soft, after)
+        with evaluating(self.denoiser):
+            before = self._judge(self._quantized(self.states))
+            with in_place(self.denoiser, self.layers):
+                self._optimise(before, told)
+            soft = self._judge(self.layers)
+            states = {name: layer.hardened() for name, layer in self.layers.items()}
+            after = self._judge(self._quantized(states))
+        return Learned(states if after < before else self.states, before, soft, after)
+
+    def _quantized(self, states: dict[str, LayerState]) -> dict[str, QuantizedLayer]:
+        return {name: quantize_layer(self.denoiser.get_submodule(name), state) for name, state in states.items()}
 
     def _optimise(self, before: float, told: Callable[[int], None] | None) -> None:
         chosen, layers = self.settings, list(self.layers.values())
@@ -139,7 +176,8 @@ class UnitLearner:
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, chosen.iterations)
         for iteration in range(chosen.iterations):
-            rows = torch.randint(self.rows.count, (min(chosen.batch, self.rows.count),), generator=self.generator)
+            picked = torch.randint(len(self.learned_rows), (chosen.batch,), generator=self.generator)
+            rows = self.learned_rows[picked]
             with torch.enable_grad():
                 loss = self.loss(rows, mixed=True)
                 undecided = self._undecided(iteration / chosen.iterations)
@@ -147,7 +185,7 @@ class UnitLearner:
                 (loss if undecided is None else loss + chosen.decide * before * undecided).backward()
             if not torch.isfinite(loss):
                 raise CalibrationError(
-                    f"reconstructing {self.unit.name!r}: the loss is {float(loss)} in iteration {iteration}; lower "
+                    f"reconstructing {self.unit.name!r}: the loss is {loss.item()} in iteration {iteration}; lower "
                     f"the learning rates (weight_rate {chosen.weight_rate:g}, step_rate {chosen.step_rate:g})"
                 )
             optimizer.step()
@@ -165,22 +203,32 @@ class UnitLearner:
         return torch.stack([layer.undecided(sharpness) for layer in self.layers.values()]).mean()
 
     @torch.no_grad()
-    def _judge(self, *, decided: bool) -> float:
-        """Relative squared error of the unit's output behind quantized layers, nothing dropped or mixed."""
+    def _judge(self, layers: Mapping[str, nn.Module]) -> float:
+        """Relative squared error of the unit's output with these layers, behind quantized ones, on rows that are not
+        learned from; nothing is dropped or mixed."""
         share, self.drops.share = self.drops.share, 0.0
-        for layer in self.layers.values():
-            layer.decided = decided
-        rows = torch.linspace(0, self.rows.count - 1, min(self.rows.count, JUDGED_ROWS)).round().long()
         error = 0.0
-        for part in rows.split(self.settings.batch):
-            outputs = self._outputs(part, mixed=False)
-            errors = [float(self._error(p, out, self.rows.outputs[p][part])) for p, out in outputs.items()]
-            error += sum(errors) * len(part)
+        with in_place(self.denoiser, layers):
+            for rows in self.judged_rows.split(self.settings.batch):
+                outputs = self._outputs(rows, mixed=False)
+                error += float(self._block_error(outputs, rows, weighted=False)) * len(rows)
         self.drops.share = share
         for layer in self.layers.values():
-            layer.decided = False
             layer.seen.clear()
-        return error / len(rows)
+        return error / len(self.judged_rows)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """The module with parameters that get no gradients while the context is open."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _energy(target: Tensor) -> float:

@@ -9,6 +9,7 @@ layers' targets are kept; the rounding is pushed to a decision, so that what was
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,17 +17,18 @@ from torch import Tensor, nn
 
 from .activations import ActivationStore, UnitRows, gather_exact, windows, with_rounded
 from .artifacts import Calibration, Reconstructed
+from .calibration import check_plan
 from .calls import Batch, Recording
 from .errors import CalibrationError
 from .layers import QuantizedLayer, quantize_layer
-from .learning import Learned, LearningSettings, UnitLearner
+from .learning import Learned, LearningSettings, UnitLearner, frozen
 from .metrics import sqnr_db
 from .progress import Progress
 from .quantization import refuse_unfit
 from .reconstruction_memory import ReconstructionMemory, identity_of
 from .selections import Selection, find_selection, selection_name
 from .sensitivity import output_sensitivity
-from .specs import LayerState
+from .specs import LayerState, check_state, geometry_of
 from .stacking import stacked
 from .units import Unit, find_units
 
@@ -47,8 +49,25 @@ class ReconstructionSettings:
     seed: int = 0
     memory_bytes: int = 2**31
 
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.memory_bytes < 0 or self.weighting not in ("plain", "hessian"):
+            raise CalibrationError(
+                f"samples={self.samples}, memory_bytes={self.memory_bytes}, weighting={self.weighting!r}: expected at "
+                f"least one sample, no negative budget and the weighting 'plain' or 'hessian'"
+            )
 
-QUICK = ReconstructionSettings(LearningSettings(iterations=150), samples=128)
+
+def fitted(settings: ReconstructionSettings, recording: Recording) -> ReconstructionSettings:
+    """The settings with as many samples as there are steps at least, and batches no larger than what was recorded."""
+    calibrating = recording.only("calibrate")
+    rows = sum(recording.tensors[call.output].shape[0] for call in calibrating.calls)
+    every = len(calibrating.samples())
+    samples = min(max(settings.samples, len(calibrating.timesteps())), every)
+    batch = max(1, min(settings.learning.batch, rows * samples // every))
+    return replace(settings, samples=samples, learning=replace(settings.learning, batch=batch))
+
+
+QUICK = ReconstructionSettings(LearningSettings(iterations=120), samples=128)
 """For minutes."""
 FULL = ReconstructionSettings()
 """For results."""
@@ -77,15 +96,21 @@ def reconstruct(
     """
     settings = settings or FULL
     refuse_unfit(denoiser)
+    check_plan(calibration.plan, denoiser)
+    for name, state in calibration.states.items():
+        check_state(state, geometry_of(denoiser.get_submodule(name)))
     batches = calibrating_batches(recording, settings)
     units = find_units(denoiser, calibration.states, batches[0])
     job = _Job(denoiser, batches, settings, calibration.states, units)
     told = replace(settings, selection=selection_name(settings.selection))
-    kept = ReconstructionMemory.at(memory, identity_of(denoiser, calibration.states, recording, told))
+    kept = ReconstructionMemory(None)
+    if memory is not None:
+        kept = ReconstructionMemory.at(memory, identity_of(denoiser, calibration.states, recording, told))
     states, figures = dict(calibration.states), list[Reconstructed]()
-    for new, found in job.learned(kept, progress):
-        states |= new
-        figures.append(found)
+    with frozen(denoiser):
+        for new, found in job.learned(kept, progress):
+            states |= new
+            figures.append(found)
     return replace(calibration, states=states), tuple(figures)
 
 
@@ -99,6 +124,8 @@ def calibrating_batches(recording: Recording, settings: ReconstructionSettings) 
             f"samples={settings.samples} is less than the {steps} steps of the recording; take at least one of each"
         )
     picked = list(find_selection(settings.selection)(calibrating, settings.samples))
+    if not picked:
+        raise CalibrationError(f"the selection {selection_name(settings.selection)!r} chose no sample at all")
     batches = list(stacked(calibrating.batches(picked), ROWS))
     rows = sum(batch.output.shape[0] for batch in batches)
     if settings.learning.batch > rows:
@@ -111,13 +138,15 @@ def calibrating_batches(recording: Recording, settings: ReconstructionSettings) 
 
 @dataclass(slots=True)
 class _Job:
-    """Everything that stays the same from unit to unit. before: the quantized layers of the units that are finished."""
+    """Everything that stays the same from unit to unit. folder: where activations beyond the budget lie, None = where
+    the system keeps such files; before: the quantized layers of the units that are finished."""
 
     denoiser: nn.Module
     batches: list[Batch]
     settings: ReconstructionSettings
     states: dict[str, LayerState]
     units: Sequence[Unit]
+    folder: Path | None = None
     before: dict[str, nn.Module] = field(default_factory=dict)
 
     def learned(
@@ -135,6 +164,7 @@ class _Job:
             yield found
         if first == len(self.units):
             return
+        self.folder = memory.folder
         sensitivity = self._sensitivity()
         for index, rows in self._rows(first):
             done = index * self.settings.learning.iterations
@@ -150,7 +180,7 @@ class _Job:
         count, half = sum(batch.output.shape[0] for batch in self.batches), self.settings.memory_bytes // 2
         index = first
         for window in windows(self.denoiser, self.units[first:], self.batches[0], count, half):
-            with ActivationStore.open(self.settings.memory_bytes) as store:
+            with ActivationStore.open(self.settings.memory_bytes, self.folder) as store:
                 exact = gather_exact(self.denoiser, window, self.batches, store)
                 for unit in window:
                     rows = exact.pop(unit.name)
@@ -158,16 +188,16 @@ class _Job:
                         yield index, with_rounded(rows, self.denoiser, unit, self.batches, self.before, store)
                     index += 1
 
-    def _learner(self, index: int, rows: UnitRows, sensitivity: dict[str, Tensor]) -> UnitLearner:
+    def _learner(self, index: int, rows: UnitRows, sensitivity: dict[str, dict[str, Tensor]]) -> UnitLearner:
         unit = self.units[index]
         # of its own, so that a unit learns the same whether or not those before it were learned in this process
         generator = torch.Generator().manual_seed(1_000_003 * self.settings.seed + index)
         states = {name: self.states[name] for name in unit.layers}
         learner = UnitLearner(self.denoiser, unit, rows, states, self.settings.learning, generator)
-        learner.sensitivity = sensitivity.get(unit.name)
+        learner.sensitivity = sensitivity.get(unit.name, {})
         return learner
 
-    def _sensitivity(self) -> dict[str, Tensor]:
+    def _sensitivity(self) -> dict[str, dict[str, Tensor]]:
         if self.settings.weighting == "plain":
             return {}
         return output_sensitivity(self.denoiser, self.units, self.batches, self._quantized(self.states))

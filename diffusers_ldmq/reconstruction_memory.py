@@ -26,6 +26,8 @@ from .specs import LayerState, check_state, geometry_of
 from .units import Unit
 from .version import __version__
 
+FREE = ("memory_bytes",)
+"""Settings that the result does not depend on."""
 LEARNED = ("weight", "input_scale")
 """Tensors of a state that reconstruction changes."""
 
@@ -41,7 +43,7 @@ def identity_of(
         "version": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "settings": to_json(settings),
+        "settings": {name: value for name, value in to_json(settings).items() if name not in FREE},
         "weights": _digest(weights),
         "recording": hashlib.sha256("".join(call.output for call in recording.calls).encode()).hexdigest()[:16],
         "schemes": hashlib.sha256(json.dumps(schemes, sort_keys=True).encode()).hexdigest()[:16],

@@ -36,13 +36,13 @@ class Drops:
         if self.share <= 0:
             return None
         if self.pool is None or self.pool.numel() < 2 * x.numel():
-            self.pool = torch.rand(4 * x.numel(), generator=self.generator) < self.share
+            self.pool = torch.empty(4 * x.numel(), dtype=torch.bool).bernoulli_(self.share, generator=self.generator)
         start = int(torch.randint(self.pool.numel() - x.numel() + 1, (), generator=self.generator))
         return self.pool[start : start + x.numel()].reshape(x.shape).to(x.device)
 
 
 class LearnedLayer(nn.Module):
-    """Stands in a Linear's or Conv2d's place while its rounding is learned; `weight` and `bias` are the float ones.
+    """Stands in a Linear's or Conv2d's place while its rounding is learned; `weight` is the float one.
 
     rounding: fp32 [N, groups, group_size], the logits of rounding up; log_step: fp32 [], of a static input scale.
     seen: the outputs of the forwards since it was emptied; decided: run with every weight rounded up or down;
@@ -51,11 +51,11 @@ class LearnedLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, state: LayerState, drops: Drops, *, straight: bool = False) -> None:
         super().__init__()
-        weight, bias, spec = layer.weight, layer.bias, state.scheme.weight
+        weight, spec = layer.weight, state.scheme.weight
         assert isinstance(weight, Tensor)
         assert spec is not None
         self.state, self.drops, self.spec, self.geometry = state, drops, spec, geometry_of(layer)
-        self.weight, self.bias = weight.detach(), bias.detach().float() if isinstance(bias, Tensor) else None
+        self.weight, self.bias = weight.detach(), None if state.bias is None else state.bias.detach()
         rows = weight_rows(weight_to_quantize(self.weight, state), spec)
         self.scale = state.weight_scale.detach().float().reshape(rows.shape[0], -1, 1)
         scaled = rows * self.scale.reciprocal()
@@ -88,12 +88,12 @@ class LearnedLayer(nn.Module):
             a, b = self.state.low_rank_a.float(), self.state.low_rank_b.float()
             out = out + low_rank_output(x.float(), a, b, self.geometry)
         if self.bias is not None:
-            out = out + output_vector(self.bias, self.geometry).to(out.dtype)
+            out = out + output_vector(self.bias.float(), self.geometry)
         self.seen.append(out)
         return out.to(x.dtype)
 
     def _input(self, x: Tensor) -> Tensor:
-        x, spec = input_to_quantize(x, self.state, self.geometry.is_conv), self.state.scheme.activation
+        x, spec = input_to_quantize(x, self.state, self.geometry.is_conv).float(), self.state.scheme.activation
         if spec is None:
             return x
         if self.log_step is None or self.state.input_zero_point is None:

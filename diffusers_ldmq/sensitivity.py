@@ -21,32 +21,42 @@ ROWS = 8
 
 def output_sensitivity(
     denoiser: nn.Module, units: Sequence[Unit], batches: Sequence[Batch], quantized: Mapping[str, nn.Module]
-) -> dict[str, Tensor]:
-    """Unit -> mean over rows of the squared gradient at its output, fp32 of one row's shape, mean 1.
+) -> dict[str, dict[str, Tensor]]:
+    """Unit -> path of its output ('' for a single one) -> mean over rows of the squared gradient there, fp32 of one
+    row's shape, mean 1 over all the unit's outputs.
 
-    quantized: the layers that make the output error, by name. Units whose output is no single tensor are left out.
+    quantized: the layers that make the output error, by name.
     """
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, dict[str, Tensor]] = {unit.name: {} for unit in units}
     for batch in (part for whole in batches for part in parts(whole, ROWS)):
         exact = run(denoiser, batch)
         with in_place(denoiser, quantized):
             error = run(denoiser, batch) - exact
         _add_squares(denoiser, units, batch, error, sums)
-    means = {name: total.mean() for name, total in sums.items()}
-    return {name: total / means[name] for name, total in sums.items() if means[name] > 0}
+    return {name: _normalised(found) for name, found in sums.items()}
+
+
+def _normalised(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not found:
+        return {}
+    mean = torch.cat([total.flatten() for total in found.values()]).mean()
+    return {path: total / mean for path, total in found.items()} if mean > 0 else {}
 
 
 def _add_squares(
-    denoiser: nn.Module, units: Sequence[Unit], batch: Batch, error: Tensor, sums: dict[str, Tensor]
+    denoiser: nn.Module, units: Sequence[Unit], batch: Batch, error: Tensor, sums: dict[str, dict[str, Tensor]]
 ) -> None:
-    def watching(name: str) -> Callable[..., Tensor | None]:
-        def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor | None:
-            if not isinstance(output, Tensor):
+    def watching(name: str) -> Callable[..., Any]:
+        def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return _watched(output, sums[name], "")
+            if not isinstance(output, (tuple, list)):
                 return None
-            if not output.requires_grad:  # nothing before this unit is differentiated
-                output = output.detach().requires_grad_()
-            output.register_hook(lambda gradient: _add(sums, name, gradient))
-            return output
+            parts = (
+                _watched(value, sums[name], f"#{i}") if isinstance(value, Tensor) else value
+                for i, value in enumerate(output)
+            )
+            return type(output)(parts)
 
         return watch
 
@@ -56,6 +66,14 @@ def _add_squares(
         output.backward(error.to(output))
 
 
-def _add(sums: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+def _watched(output: Tensor, sums: dict[str, Tensor], path: str) -> Tensor:
+    """The same output, whose squared gradient is added to the sums when it comes."""
+    if not output.requires_grad:  # nothing before this unit is differentiated
+        output = output.detach().requires_grad_()
+    output.register_hook(lambda gradient: _add(sums, path, gradient))
+    return output
+
+
+def _add(sums: dict[str, Tensor], path: str, gradient: Tensor) -> None:
     squares = gradient.detach().float().square().sum(0).cpu()
-    sums[name] = squares + sums[name] if name in sums else squares
+    sums[path] = squares + sums[path] if path in sums else squares

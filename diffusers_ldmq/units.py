@@ -104,14 +104,15 @@ def watch(denoiser: nn.Module, units: Sequence[Unit], batch: Batch) -> dict[str,
 
     def before(name: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[name].arguments.update({p: _kept(value) for p, value in flatten_call(args, kwargs).items()})
+            if not seen[name].arguments:  # of a unit that is called again the first call counts, everywhere
+                seen[name].arguments.update({p: _kept(value) for p, value in flatten_call(args, kwargs).items()})
 
         return note
 
     def after(name: str) -> Callable[..., None]:
         def note(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            flat = flatten(output) if isinstance(output, (tuple, list, dict)) else {"": output}
-            seen[name].outputs.update({p: _kept(value) for p, value in flat.items() if isinstance(value, Tensor)})
+            if not seen[name].outputs:
+                seen[name].outputs.update({path: _kept(value) for path, value in output_tensors(output).items()})
             if name == last:
                 raise _Reached
 
@@ -127,6 +128,26 @@ def watch(denoiser: nn.Module, units: Sequence[Unit], batch: Batch) -> dict[str,
             hooks.enter_context(_removed(module.register_forward_hook(after(unit.name))))
         _run_until_reached(denoiser, batch)
     return seen
+
+
+def row_bytes(denoiser: nn.Module, units: Sequence[Unit], batch: Batch) -> dict[str, int]:
+    """Bytes that each unit's arguments, outputs and layers' outputs take in a run over `batch`."""
+    found = {unit.name: 0 for unit in units}
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            tensors = [*flatten_call(args, kwargs).values(), *output_tensors(output).values()]
+            found[name] += sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+
+        return note
+
+    with ExitStack() as hooks:
+        for unit in units:
+            for name in {unit.name, *unit.layers}:
+                module = denoiser.get_submodule(name)
+                hooks.enter_context(_removed(module.register_forward_hook(noting(unit.name), with_kwargs=True)))
+        run(denoiser, batch)
+    return found
 
 
 def watch_arguments(denoiser: nn.Module, unit: Unit, batch: Batch) -> dict[str, Any]:
@@ -173,6 +194,12 @@ def _noting(layers: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[
 
 def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def output_tensors(output: Any) -> dict[str, Tensor]:
+    """A module's outputs by path; '' is that of a module with a single one."""
+    flat = flatten(output) if isinstance(output, (tuple, list, dict)) else {"": output}
+    return {path: value for path, value in flat.items() if isinstance(value, Tensor)}
 
 
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def report_of(profile: Profile, noise: float = 1.0) -> Report:
     schemes = make_plan(profile).counts()
     backends = {"w8a8 on cpu": 9}
     return Report(
-        (900.0, 1.0), (1000.0,) * 2, (noise, 10 * noise), "float32", schemes, backends, 0.8, 30, 100, facts, (), 1.1
+        (900.0, 1.0), (1000.0,) * 2, (noise, 10 * noise), "float32", schemes, backends, 0.8, 30, 100, facts, speedup=1.1
     )
 
 

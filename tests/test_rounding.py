@@ -1,6 +1,8 @@
 """A layer whose rounding is learned: it starts as the float layer, decides as rounding to nearest would, and what it
 becomes is what its integers compute."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ldmq.calibration import layer_state
+from diffusers_ldmq.corrections import LayerInputs
+from diffusers_ldmq.corrections.contract import rebuild
 from diffusers_ldmq.layers import quantize_layer
 from diffusers_ldmq.metrics import sqnr
 from diffusers_ldmq.observers import OBSERVERS
@@ -51,6 +55,44 @@ def test_undecided_it_holds_the_float_weight_and_decided_what_its_integers_compu
         assert sqnr(quantize_layer(layer, state)(x), found) > 90
         assert sqnr(quantize_layer(layer, learned.hardened())(x), found) > 90
     assert torch.equal(learned.hardened().weight, state.weight)  # rounding to nearest is where learning begins
+
+
+CORRECTED: dict[str, Callable[[LayerState], LayerState]] = {
+    "bias": lambda state: replace(state, bias=torch.linspace(-1, 1, 12)),
+    "pre_quant_scale": lambda state: replace(state, pre_quant_scale=torch.linspace(0.5, 2, 24)),
+    "rotation": lambda state: replace(state, rotation=8),
+    "low_rank": lambda state: replace(state, low_rank_a=torch.ones(2, 24) / 9, low_rank_b=torch.ones(12, 2) / 9),
+}
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16"])
+@pytest.mark.parametrize("correction", list(CORRECTED))
+def test_corrections_stay_and_count_while_learning(correction: str, scheme: str) -> None:
+    layer, state, x = made("linear", scheme)
+    state = rebuild(layer, CORRECTED[correction](state), LayerInputs((x,), "minmax-affine"))
+    if correction == "bias":  # rebuilding gives the float layer's
+        state = CORRECTED[correction](state)
+    learned = LearnedLayer(layer, state, no_drops())
+    learned.decided = True
+    with torch.no_grad():
+        assert sqnr(quantize_layer(layer, learned.hardened())(x), learned(x)) > 80
+    kept, before = learned.hardened().tensors(), state.tensors()
+    assert all(torch.equal(kept[name], before[name]) for name in before if name != "input_scale")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_half_precision_layers_learn_too(scheme: str, dtype: torch.dtype) -> None:
+    layer, _, x = made("linear", scheme)
+    half = nn.Linear(24, 12).to(dtype)
+    half.load_state_dict(layer.state_dict())
+    observer = OBSERVERS["minmax"]()
+    observer.update(x)
+    learned = LearnedLayer(half, layer_state("layer", half, parse_scheme(scheme), observer), no_drops())
+    out = learned(x.to(dtype))
+    assert out.dtype == dtype
+    out.float().sum().backward()
+    assert learned.rounding.grad is not None
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -112,7 +154,7 @@ def test_drops_take_their_share_and_differ_from_use_to_use() -> None:
 def test_undecided_is_nothing_where_everything_is_decided() -> None:
     layer, state, _ = made("linear", "w4a8")
     learned = LearnedLayer(layer, state, no_drops())
-    assert float(learned.undecided(20.0)) > 0.5
+    assert float(learned.undecided(20.0).detach()) > 0.5
     with torch.no_grad():
         learned.rounding.fill_(10.0)
-    assert float(learned.undecided(2.0)) == 0.0
+    assert float(learned.undecided(2.0).detach()) == 0.0

@@ -60,6 +60,16 @@ FAMILY = Family(
     keep_float=r"^(time|pos_embed|patch_embed|x_embedder|context_embedder|caption_projection|adaln|norm_out"
     r"|proj_out|proj_in)|\.norm\w*\.(linear|emb\.)",
     skip_split=skip_split,
-    units=("BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
+    units=(
+        "BasicTransformerBlock",
+        "JointTransformerBlock",
+        "SD3SingleTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "SanaTransformerBlock",
+        "HunyuanDiTBlock",
+        "AuraFlowJointTransformerBlock",
+        "AuraFlowSingleTransformerBlock",
+    ),
     middle=middle,
 )

@@ -292,7 +292,8 @@ def test_the_middle_is_an_attention_else_a_resnet_else_the_way_up(denoiser_of: M
         ({"add_attention": False}, "mid_block.resnets.0"),
         ({"mid_block_type": None}, "up_blocks.0.resnets.0"),
     ):
-        unet = UNet2DModel(**shape, **options)
+        given: Any = options
+        unet = UNet2DModel(**shape, **given)
         assert family_of(unet).middle(unet) == expected
 
 
