@@ -137,6 +137,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "ldmq_absmax": (pointer, number, count, count, pointer, count, number),
         "ldmq_scale_rows": (pointer, pointer, number, count, count, pointer, count, pointer, number),
         "ldmq_dequantize_rows": (pointer, pointer, number, count, count, pointer, number),
+        "ldmq_softmax_codes": (pointer, pointer, pointer, pointer, pointer, count, count, number),
     }
     for name, types in arguments.items():
         function = getattr(library, name)
