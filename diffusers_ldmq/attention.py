@@ -88,7 +88,7 @@ def fewest_keys_of(denoiser: nn.Module) -> int | None:
 
 def _enter_config(denoiser: Any, attention: dict[str, int] | None) -> None:
     """Tell what config.json will say of a quantized model."""
-    config = getattr(getattr(denoiser, "config", None), "quantization_config", None)
+    config: Any = getattr(getattr(denoiser, "config", None), "quantization_config", None)
     if hasattr(config, "attention"):
         config.attention = attention
 
@@ -124,7 +124,7 @@ class _Replaced:
         return _run(self, module, args, kwargs)
 
 
-@torch.compiler.disable  # a compiler cannot look into it; what is around it is compiled
+@torch.compiler.disable()  # a compiler cannot look into it; what is around it is compiled
 def _run(replaced: _Replaced, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _Replacing(replaced.product) as replacing:
         result = type(module).forward(module, *args, **kwargs)

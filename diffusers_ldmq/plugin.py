@@ -15,7 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from .allocator import give_back, release_file_pages
-from .attention import fewest_keys_of, quantize_attention
+from .attention import fewest_keys_of, quantize_attention, restore_attention
 from .calibration import layer_state
 from .config import NAME, LDMQConfig, LDMQMethod
 from .data_free import schemes_of
@@ -151,6 +151,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         dtype = next((bias.dtype for bias in biases if isinstance(bias, Tensor)), model.dtype)
         for name, layer in layers.items():
             replace_layer(model, name, layer.dequantize(dtype))
+        restore_attention(model)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model._internal_dict)(config)
         unguard(model)

@@ -94,6 +94,11 @@ def test_it_is_asked_for_while_a_float_model_is_loaded(unet: Any, tmp_path: Path
     assert loaded.config.quantization_config.attention == {"fewest_keys": 64}
 
 
+def test_a_dequantized_model_is_float_altogether(quantized: Callable[[], Any]) -> None:
+    unet: Any = quantize_attention(quantized())
+    assert fewest_keys_of(unet.dequantize()) is None
+
+
 @pytest.mark.parametrize("given", [{"fewest_keys": 0}, {"fewest_keys": "64"}, {"bits": 4}, {}, 64])
 def test_a_malformed_description_is_refused(given: Any) -> None:
     with pytest.raises(CheckpointError, match="attention is"):
