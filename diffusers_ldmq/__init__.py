@@ -4,6 +4,7 @@ Importing registers the quantizer "ldmq" with diffusers, so that our checkpoints
 """
 
 from .artifacts import Calibration, Plan, Profile, Report
+from .attention import quantize_attention, restore_attention
 from .calibration import calibrate
 from .calls import Recording
 from .config import LDMQConfig
@@ -43,8 +44,10 @@ __all__ = [
     "make_plan",
     "profile_sqnr",
     "quantize",
+    "quantize_attention",
     "reconstruct",
     "record_calls",
+    "restore_attention",
     "set_low_memory",
     "verify",
 ]

@@ -34,7 +34,7 @@ class LDMQConfig(QuantizationConfigMixin, TransformersConfigMixin):  # pyright: 
     modules_to_not_convert: layers, blocks or patterns that stay float besides.
     layers: of a checkpoint: layer name -> {'scheme': ..., 'tensors': [...]}, exactly the tensors the file holds for it,
     and 'rotation' and 'rank' where the layer has them; compute_dtype: floating dtype the model was verified in;
-    format_version: of this description.
+    attention: {'fewest_keys': ...} where attention runs on integers; format_version: of this description.
 
     Raises LDMQError for schemes that need calibration, CheckpointError for a malformed description.
     """
@@ -46,6 +46,7 @@ class LDMQConfig(QuantizationConfigMixin, TransformersConfigMixin):  # pyright: 
         *,
         layers: dict[str, dict[str, Any]] | None = None,
         compute_dtype: str = "float32",
+        attention: dict[str, int] | None = None,
         format_version: int = FORMAT_VERSION,
         **more_keys: Any,
     ) -> None:
@@ -61,12 +62,17 @@ class LDMQConfig(QuantizationConfigMixin, TransformersConfigMixin):  # pyright: 
         self.modules_to_not_convert = _names(modules_to_not_convert)
         self.layers = checked_entries(layers)
         self.compute_dtype = compute_dtype
+        self.attention = _attention(attention)
         self.format_version = format_version
         self.ldmq_version = version
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data, without paths."""
-        wanted = {"plan": self.plan, "modules_to_not_convert": self.modules_to_not_convert}
+        wanted = {
+            "plan": self.plan,
+            "modules_to_not_convert": self.modules_to_not_convert,
+            "attention": self.attention,
+        }
         return {
             "quant_method": NAME,
             "format_version": self.format_version,
@@ -114,6 +120,15 @@ def _check_version(format_version: Any, unknown: dict[str, Any], written_by: Any
             f"quantization_config has unknown keys {sorted(unknown)}; mistyped, or written by another version than "
             f"{__version__} (pip install -U diffusers-ldmq)? Known: plan, modules_to_not_convert"
         )
+
+
+def _attention(given: Any) -> dict[str, int] | None:
+    if given is None:
+        return None
+    keys = given.get("fewest_keys") if isinstance(given, dict) and len(given) == 1 else None
+    if not isinstance(keys, int) or isinstance(keys, bool) or keys < 1:
+        raise CheckpointError(f"quantization_config: attention is {given!r}, expected {{'fewest_keys': 256}} or so")
+    return {"fewest_keys": keys}
 
 
 def _names(given: Sequence[str] | None) -> list[str]:

@@ -15,6 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from .allocator import give_back, release_file_pages
+from .attention import fewest_keys_of, quantize_attention, restore_attention
 from .calibration import layer_state
 from .config import NAME, LDMQConfig, LDMQMethod
 from .data_free import schemes_of
@@ -125,6 +126,8 @@ class LDMQQuantizer(DiffusersQuantizer):
             raise LDMQError(
                 f"layer {floats[0]!r} was not quantized ({len(floats)} such layers); load without offloading"
             )
+        if self.config.attention is not None:
+            quantize_attention(model, **self.config.attention)
         if not self.pre_quantized:
             round_to_storage(model)
             self.pre_quantized = True
@@ -148,6 +151,7 @@ class LDMQQuantizer(DiffusersQuantizer):
         dtype = next((bias.dtype for bias in biases if isinstance(bias, Tensor)), model.dtype)
         for name, layer in layers.items():
             replace_layer(model, name, layer.dequantize(dtype))
+        restore_attention(model)
         config = {key: value for key, value in model.config.items() if key != "quantization_config"}
         model._internal_dict = type(model._internal_dict)(config)
         unguard(model)
@@ -195,7 +199,9 @@ def config_of(model: Any) -> LDMQConfig:
     """What config.json will say of a model whose layers are quantized."""
     layers = {name: entry_of(layer) for name, layer in quantized_layers(model).items()}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return LDMQConfig(layers=layers, compute_dtype=str(dtype).removeprefix("torch."))
+    keys = fewest_keys_of(model)
+    attention = None if keys is None else {"fewest_keys": keys}
+    return LDMQConfig(layers=layers, compute_dtype=str(dtype).removeprefix("torch."), attention=attention)
 
 
 def refuse_adapters(names: Iterable[str]) -> None:

@@ -50,6 +50,8 @@ class LDMQTextQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         self.config.check_request(self.pre_quantized, kwargs.get("device_map"), ADVICE)
+        if self.config.attention is not None:
+            raise LDMQError("attention on integers is for diffusers' models, not for text encoders; leave it out")
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         files = kwargs.get("checkpoint_files") or []

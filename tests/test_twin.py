@@ -275,6 +275,9 @@ def test_what_cannot_be_quantized_while_loading_is_refused(folders: dict[str, Pa
         CLIPTextModel.from_pretrained(folders["clip"], quantization_config=LDMQConfig())
     with pytest.raises(LDMQError, match="only Linear layers are quantized"):
         load("clip", folders["clip"], {"embeddings.token_embedding": "w8a16"})
+    config = LDMQConfig("w8a16", attention={"fewest_keys": 1})
+    with pytest.raises(LDMQError, match="attention on integers is for diffusers' models"):
+        CLIPTextModel.from_pretrained(folders["clip"], quantization_config=config)
 
 
 def test_registering_again_is_harmless_and_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

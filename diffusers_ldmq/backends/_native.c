@@ -220,3 +220,43 @@ void ldmq_unpack_columns(const uint8_t *packed, int8_t *out, int64_t rows, int64
         }
     }
 }
+
+/* 2^x for x <= 0: five terms of the series about the nearest integer, relative error 2e-6; 0 below the smallest code */
+static inline float power_of_two(float x) {
+    float limited = x < -60.0f ? -60.0f : x, whole = rintf(limited), t = limited - whole;
+    float fraction = 1.0f + t * (0.6931472f + t * (0.2402265f + t * (0.05550411f + t * (0.009618129f + t * 0.00133336f))));
+    int32_t bits = ((int32_t)whole + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return fraction * power;
+}
+
+/* Softmax of integer scores as codes 0..255 of each row's largest weight. scores: int32 [rows, columns], overwritten;
+ * the score is scores * row[i] * column[j], to base 2; codes: int8, less 128; sums: of each row's codes, NaN where a
+ * factor is. */
+void ldmq_softmax_codes(int32_t *scores, const float *row, const float *column, int8_t *codes, float *sums,
+                        int64_t rows, int64_t columns, int threads) {
+    float poison = 0.0f;
+    for (int64_t j = 0; j < columns; j++) poison += column[j] * 0.0f;
+#pragma omp parallel for num_threads(threads) if (rows * columns > WORTH_THREADS)
+    for (int64_t i = 0; i < rows; i++) {
+        int32_t *s = scores + i * columns, total = 0;
+        int8_t *out = codes + i * columns;
+        float most = -INFINITY, factor = row[i];
+#pragma omp simd reduction(max : most)
+        for (int64_t j = 0; j < columns; j++) {
+            float v = (float)s[j] * column[j];
+            memcpy(s + j, &v, 4);
+            most = v > most ? v : most;
+        }
+#pragma omp simd reduction(+ : total)
+        for (int64_t j = 0; j < columns; j++) {
+            float v;
+            memcpy(&v, s + j, 4);
+            int32_t c = (int32_t)rintf(power_of_two((v - most) * factor) * 255.0f);
+            total += c;
+            out[j] = (int8_t)(c - 128);
+        }
+        sums[i] = (float)total + factor * 0.0f + poison;
+    }
+}

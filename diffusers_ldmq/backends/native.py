@@ -139,6 +139,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "ldmq_dequantize_rows": (pointer, pointer, number, count, count, pointer, count, pointer, number),
         "ldmq_unpack_rows": (pointer, pointer, count, count, count, number),
         "ldmq_unpack_columns": (pointer, pointer, count, count, count, number),
+        "ldmq_softmax_codes": (pointer, pointer, pointer, pointer, pointer, count, count, number),
     }
     for name, types in arguments.items():
         function = getattr(library, name)
