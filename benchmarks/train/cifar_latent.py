@@ -35,7 +35,7 @@ class Stage(StrEnum):
 
 
 # Steps, batch and peak rate where the command line names none; settings whose defaults differ from other scripts'.
-DEFAULTS = {Stage.VAE: (4000, 32, 1e-3), Stage.DENOISER: (20_000, 128, 1e-3)}
+DEFAULTS = {Stage.VAE: (4000, 32, 1e-3), Stage.DENOISER: (40_000, 64, 1e-3)}
 RECIPES = {Stage.VAE: ["ema=0.995"], Stage.DENOISER: ["schedule=constant", "ema=0.999"]}
 
 

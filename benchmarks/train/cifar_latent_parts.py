@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from cifar_training import PIXELS, with_plain_attention
 from class_images import class_names, labels_of
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from pipeline_parts import Workspace
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from training_loop import Settings, log
 from training_tasks import AutoencoderTask, chosen_device, encode_all, fast_autocast, reconstruction_psnr
@@ -85,9 +88,7 @@ class LatentDenoiser:
 
     def __init__(self, workspace: Workspace, data: CaptionedImages, settings: Settings) -> None:
         self.count, self.device = len(data.captions), chosen_device(settings.device)
-        log.info("encoding %d pictures of %d classes", self.count, len(class_names(data)))
-        vae = workspace.load("vae").to(self.device)
-        self.latents = encode_all(vae, data) * vae.config.scaling_factor
+        self.latents = scaled_latents(workspace, data, self.device)
         denoiser = workspace.load(self.part) if workspace.find(self.part) else self.new(settings.width)
         self.trained: Any = with_plain_attention(denoiser).to(self.device)
         self.autocast = fast_autocast(self.device)
@@ -104,6 +105,23 @@ class LatentDenoiser:
     def parts(self, average: nn.Module) -> dict[str, Any]:
         """The averaged denoiser."""
         return {self.part: average}
+
+
+def scaled_latents(workspace: Workspace, data: CaptionedImages, device: torch.device) -> Tensor:
+    """Latents of unit variance of all pictures, float32 [N, 4, 8, 8]; kept beside the state, for the next start."""
+    vae = workspace.load("vae").to(device)
+    file, made_of = workspace.out / "latents.safetensors", f"{data.fingerprint()}, {weights_digest(vae)}"
+    if file.exists():
+        with safe_open(file, framework="pt") as kept:
+            if (kept.metadata() or {}).get("made_of") == made_of:
+                return kept.get_tensor("latents").to(device)
+    log.info("encoding %d pictures of %d classes", len(data.captions), len(class_names(data)))
+    latents = encode_all(vae, data) * vae.config.scaling_factor
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file({"latents": latents.cpu()}, partial, metadata={"made_of": made_of})
+    os.replace(partial, file)
+    return latents
 
 
 class DenoiserOfClasses(LatentDenoiser):

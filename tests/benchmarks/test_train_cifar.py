@@ -115,6 +115,21 @@ def test_the_unconditional_model_takes_the_autoencoder_of_the_state_before_that_
     assert all(torch.equal(used[name], given[name].half()) for name in given)
 
 
+def test_latents_are_kept_and_made_anew_for_another_autoencoder(
+    training_script: Script, sorted_pictures: Path, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    script, kept = training_script("cifar_unconditional"), tmp_path / "state" / "latents.safetensors"
+    assert train(script, sorted_pictures, tmp_path, steps=1).exit_code == 0
+    first = kept.stat().st_ino
+    assert train(script, sorted_pictures, tmp_path, steps=2).exit_code == 0
+    assert kept.stat().st_ino == first  # a file that was written again is another file
+    (tmp_path / "state" / "unconditional.safetensors").unlink()
+    shutil.copytree(trained("cifar_latent") / "state" / "parts" / "vae", tmp_path / "state" / "parts" / "vae")
+    old = load_file(kept)["latents"]
+    assert train(script, sorted_pictures, tmp_path, steps=1).exit_code == 0
+    assert not torch.equal(load_file(kept)["latents"], old)
+
+
 def test_without_an_autoencoder_the_unconditional_model_is_refused(
     training_script: Script, sorted_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
