@@ -27,13 +27,13 @@ CALIBRATING, HELD_OUT = 128, 32
 # The released code's way in the iterations that a row may take (120 to 500, there 1,000 to 5,000): its rates for
 # CIFAR-10, the largest; its steps learn in their own scale, ours in that of their logarithm.
 RATES = {"w8a8": 5e-2, "w4a8": 0.5, "w4a4": 0.5}
-EDA_DM = LearningSettings(rounding="soft", decide=0.0, step_rate=5e-4, drop=0.5, mix=0.5, gamma=0.8)
+EDA_DM = LearningSettings(rounding="soft", decide=0.0, step_rate=5e-4, vector_rate=0.0, drop=0.5, mix=0.5, gamma=0.8)
 TDAC_OF = {"bundled": TDAC(5.0, radius=0.3), "cifar-ddim": TDAC(1.2, radius=3.0)}
 TDAC_PUBLISHED = TDAC(1.0, radius=0.3)
 """lambda and r as published for Stable Diffusion and DDIM on CIFAR-10; for the others those of latent diffusion."""
 # BRECQ's blocks with AdaRound's push to a decision; steps are learned along, where the original does that afterwards.
 Q_DIFFUSION = LearningSettings(
-    rounding="soft", decide=30.0, weight_rate=0.1, step_rate=1e-3, drop=0.0, mix=0.0, gamma=0.0
+    rounding="soft", decide=30.0, weight_rate=0.1, step_rate=1e-3, vector_rate=0.0, drop=0.0, mix=0.0, gamma=0.0
 )
 OURS = FULL.learning
 SPLIT = ("skip-split",)

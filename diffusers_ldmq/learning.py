@@ -35,8 +35,9 @@ class LearningSettings:
     """How one unit learns.
 
     iterations, batch: steps, and rows in each; gamma: weight of the layers' losses, 0 = block alone;
-    block: weight of the block's own loss, 0 = layers alone; weight_rate, step_rate: Adam's rates of the rounding logits
-    and of the steps' logarithms, falling to 0 along a cosine; drop: share of inputs that stay unrounded (QDrop);
+    block: weight of the block's own loss, 0 = layers alone; weight_rate, step_rate, vector_rate: Adam's rates of the
+    rounding logits, of the logarithms of input scales, and of weight scales (their logarithms) and biases, falling to 0
+    along a cosine; 0 = not learned; drop: share of inputs that stay unrounded (QDrop);
     mix: share of the unit's input that comes from the float run; rounding: 'straight', every weight is rounded up or
     down all along and the gradient passes straight through (no gap to close at the end), or 'soft', it lies between the
     two while it is learned (AdaRound); decide: weight of the push of a soft rounding to a decision, relative to the
@@ -49,6 +50,7 @@ class LearningSettings:
     block: float = 1.0
     weight_rate: float = 3e-2
     step_rate: float = 1e-3
+    vector_rate: float = 1e-3
     drop: float = 0.5
     mix: float = 0.5
     rounding: Literal["straight", "soft"] = "straight"
@@ -62,6 +64,7 @@ class LearningSettings:
             "block": self.block >= 0 and self.block + self.gamma > 0,
             "weight_rate": self.weight_rate > 0,
             "step_rate": self.step_rate >= 0,
+            "vector_rate": self.vector_rate >= 0,
             "drop": 0 <= self.drop <= 1,
             "mix": 0 <= self.mix <= 1,
             "rounding": self.rounding in ("straight", "soft"),
@@ -107,6 +110,9 @@ class UnitLearner:
             name: LearnedLayer(denoiser.get_submodule(name), states[name], self.drops, straight=straight)
             for name in unit.layers
         }
+        for name, layer in self.layers.items():
+            if name in rows.layers:
+                layer.spread = _energy(rows.layers[name]) ** 0.5 / rows.layers[name][0].numel() ** 0.5
         self.targets = self._layer_targets()
         self.sensitivity: dict[str, Tensor] = {}
         self.energies = {key: _energy(value) for key, value in {**rows.outputs, **self.targets}.items()}
@@ -173,6 +179,8 @@ class UnitLearner:
         steps = [layer.log_step for layer in layers if layer.log_step is not None]
         groups = [{"params": [layer.rounding for layer in layers], "lr": chosen.weight_rate}]
         groups += [{"params": steps, "lr": chosen.step_rate}] if steps and chosen.step_rate else []
+        vectors = [vector for layer in layers for vector in layer.vectors()]
+        groups += [{"params": vectors, "lr": chosen.vector_rate}] if chosen.vector_rate else []
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, chosen.iterations)
         for iteration in range(chosen.iterations):

@@ -28,7 +28,7 @@ from .version import __version__
 
 FREE = ("memory_bytes",)
 """Settings that the result does not depend on."""
-LEARNED = ("weight", "input_scale")
+LEARNED = ("weight", "weight_scale", "bias", "input_scale")
 """Tensors of a state that reconstruction changes."""
 
 
@@ -115,8 +115,7 @@ class ReconstructionMemory:
 
 
 def _state(before: LayerState, name: str, tensors: Mapping[str, Tensor]) -> LayerState:
-    scale = None if before.input_scale is None else tensors[f"{name}.input_scale"]
-    return replace(before, weight=tensors[f"{name}.weight"], input_scale=scale)
+    return replace(before, **{part: tensors[f"{name}.{part}"] for part in LEARNED if part in before.tensors()})
 
 
 def _refuse_other(folder: Path, found: Any, expected: dict[str, Any]) -> None:

@@ -44,7 +44,9 @@ class Drops:
 class LearnedLayer(nn.Module):
     """Stands in a Linear's or Conv2d's place while its rounding is learned; `weight` is the float one.
 
-    rounding: fp32 [N, groups, group_size], the logits of rounding up; log_step: fp32 [], of a static input scale.
+    rounding: fp32 [N, groups, group_size], the logits of rounding up; log_step: fp32 [], of a static input scale;
+    log_gain: fp32 [N, groups, 1], by what the weight scales grow; shift: fp32 [N], what the bias grows by, in units of
+    the output's `spread`, None where there is no bias. Both cost nothing at run time.
     seen: the outputs of the forwards since it was emptied; decided: run with every weight rounded up or down;
     straight: the same while learning, with the gradient of the soft rounding.
     """
@@ -63,6 +65,9 @@ class LearnedLayer(nn.Module):
         self.rounding = nn.Parameter(_logit(scaled - self.floor))
         static = state.input_scale
         self.log_step = nn.Parameter(static.detach().log()) if static is not None else None
+        self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
+        self.shift = None if self.bias is None else nn.Parameter(torch.zeros_like(self.bias, dtype=torch.float32))
+        self.spread = 1.0
         self.seen: list[Tensor] = []
         self.decided, self.straight = False, straight
 
@@ -78,8 +83,15 @@ class LearnedLayer(nn.Module):
     def soft_weight(self) -> Tensor:
         """The weight that the present rounding stands for: fp32, the layer's shape, in integer coordinates."""
         codes = (self.floor + self.upwards()).clamp(self.spec.qmin, self.spec.qmax)
-        rows = (codes * self.scale).flatten(1)
+        rows = (codes * (self.scale * self.log_gain.exp())).flatten(1)
         return rows[:, : self.geometry.columns].reshape(self.geometry.shape)
+
+    def vectors(self) -> list[nn.Parameter]:
+        """What is learned of every output channel."""
+        return [self.log_gain] if self.shift is None else [self.log_gain, self.shift]
+
+    def _bias(self) -> Tensor | None:
+        return None if self.bias is None or self.shift is None else self.bias.float() + self.spread * self.shift
 
     def forward(self, x: Tensor) -> Tensor:
         """Output of the rounded layer in x.dtype; x as the layer gets it."""
@@ -87,8 +99,9 @@ class LearnedLayer(nn.Module):
         if self.state.low_rank_a is not None and self.state.low_rank_b is not None:
             a, b = self.state.low_rank_a.float(), self.state.low_rank_b.float()
             out = out + low_rank_output(x.float(), a, b, self.geometry)
-        if self.bias is not None:
-            out = out + output_vector(self.bias.float(), self.geometry)
+        bias = self._bias()
+        if bias is not None:
+            out = out + output_vector(bias, self.geometry)
         self.seen.append(out)
         return out.to(x.dtype)
 
@@ -111,13 +124,16 @@ class LearnedLayer(nn.Module):
 
     @torch.no_grad()
     def hardened(self) -> LayerState:
-        """The state with every weight rounded the way it leans, and the learned input scale."""
+        """The state with every weight rounded the way it leans, and the learned scales and bias."""
         codes = self.floor + (self.rounding >= 0)
         rows = (codes.clamp(self.spec.qmin, self.spec.qmax) * self.scale).flatten(1)[:, : self.geometry.columns]
         qparams = QParams(self.scale, torch.zeros_like(self.scale, dtype=torch.int32))
         weight, _ = quantize_weight(rows.reshape(self.geometry.shape), qparams, self.spec)
-        scale = self.state.input_scale if self.log_step is None else self.log_step.detach().exp()
-        return replace(self.state, weight=weight, input_scale=scale)
+        step = self.state.input_scale if self.log_step is None else self.log_step.detach().exp()
+        scale = (self.scale * self.log_gain.exp()).reshape(self.state.weight_scale.shape)
+        bias = self._bias()
+        bias = None if bias is None or self.bias is None else bias.to(self.bias.dtype)
+        return replace(self.state, weight=weight, weight_scale=scale, bias=bias, input_scale=step)
 
 
 def _rectified(logits: Tensor) -> Tensor:
