@@ -103,12 +103,20 @@ def test_what_was_learned_is_what_the_state_says(kind: str) -> None:
     with torch.no_grad():
         learned.rounding.copy_(torch.randn(learned.rounding.shape, generator=torch.Generator().manual_seed(2)))
         learned.log_step.add_(0.3)
+        learned.log_gain.add_(torch.linspace(-0.1, 0.1, learned.log_gain.numel()).reshape(learned.log_gain.shape))
+        if learned.shift is not None:
+            learned.shift.add_(0.5)
+        learned.spread = 2.0
     learned.decided = True
     new = learned.hardened()
     assert new.input_scale is not None
     assert state.input_scale is not None
     torch.testing.assert_close(new.input_scale, state.input_scale * torch.tensor(0.3).exp())
     assert not torch.equal(new.weight, state.weight)
+    torch.testing.assert_close(new.weight_scale, state.weight_scale * torch.linspace(-0.1, 0.1, 12).exp())
+    assert (new.bias is None) == (state.bias is None)
+    if new.bias is not None and state.bias is not None:
+        torch.testing.assert_close(new.bias, state.bias + 1.0)
     with torch.no_grad():
         assert sqnr(quantize_layer(layer, new)(x), learned(x)) > 90
 
