@@ -50,7 +50,7 @@ class LearningSettings:
     block: float = 1.0
     weight_rate: float = 3e-2
     step_rate: float = 1e-3
-    vector_rate: float = 1e-3
+    vector_rate: float = 5e-3
     drop: float = 0.5
     mix: float = 0.5
     rounding: Literal["straight", "soft"] = "straight"
