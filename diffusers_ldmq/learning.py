@@ -51,8 +51,8 @@ class LearningSettings:
     weight_rate: float = 3e-2
     step_rate: float = 1e-3
     vector_rate: float = 5e-3
-    drop: float = 0.5
-    mix: float = 0.5
+    drop: float = 0.0
+    mix: float = 0.0
     rounding: Literal["straight", "soft"] = "straight"
     decide: float = 1.0
 
