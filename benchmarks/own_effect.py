@@ -34,7 +34,7 @@ from diffusers_ldmq.noise import NoiseProbes
 from diffusers_ldmq.planners import predict
 from diffusers_ldmq.profiling import ProfileSettings
 from diffusers_ldmq.quantization import replace_layer
-from diffusers_ldmq.selections import SELECTIONS
+from diffusers_ldmq.selections import find_selection
 from diffusers_ldmq.specs import parse_scheme
 from diffusers_ldmq.terminal import quiet_libraries
 
@@ -63,7 +63,7 @@ class Bench:
     def ranges(self) -> dict[str, Any]:
         """Observers of every layer's calibrating inputs, as the profile's."""
         calibrating, names = self.recording.only("calibrate"), list(quantizable_layers(self.denoiser))
-        picked = list(SELECTIONS[self.settings.selection](calibrating, None))
+        picked = list(find_selection(self.settings.selection)(calibrating, None))
         return observe_inputs(self.denoiser, calibrating.batches(picked), names, self.settings.observer)
 
 

@@ -1,6 +1,7 @@
-"""Time and memory of one denoiser step on CPU: float, W8A8 with and without the compiled quantize step, and others.
+"""Time and memory of one denoiser step on CPU: float, W8A8 with and without the compiled quantize step, 4 bit unpacked
+once or in every call, and others.
 
-    python benchmarks/step_time.py --model sd15 --rounds 5 --json step_time.json
+    python benchmarks/step_time.py --model sd15 --rounds 5 --json step_time.json [w8a8 w4a8 ...]
 
 Variants run interleaved, because a machine's speed drifts by more than they differ. Weights of 'sd15' are random: its
 times are real, its SQNR only shows that the numbers are computed right. Memory is measured in a fresh process each.
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from diffusers_ldmq import affine
 from diffusers_ldmq.backends import cpu_kind, fast_dtype
 from diffusers_ldmq.backends.native import native_status
-from diffusers_ldmq.layers import QuantConv2d, QuantLinear, quantize_layer, quantized_layers
+from diffusers_ldmq.layers import QuantConv2d, QuantLinear, quantize_layer, quantized_layers, set_low_memory
 from diffusers_ldmq.metrics import sqnr
 from diffusers_ldmq.specs import LayerState, Scheme, parse_scheme
 
@@ -44,12 +45,14 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to run the denoiser. scheme: of all layers but STAY_FLOAT's; native: the compiled quantize step."""
+    """One way to run the denoiser. scheme: of all layers but STAY_FLOAT's; native: the compiled quantize step;
+    low_memory: 4-bit weights stay in 4 bits."""
 
     name: str
     dtype: torch.dtype
     scheme: str = "float"
     native: bool = True
+    low_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,12 @@ def variants() -> list[Variant]:
         Variant("w8a8 without native", fast, "w8a8", native=False),
         Variant("w8a8-dyn", fast, "w8a8-dyn"),
         Variant("w8a16", fast, "w8a16"),
+        Variant("w4a8", fast, "w4a8"),
+        Variant("w4a8 low_memory", fast, "w4a8", low_memory=True),
+        Variant("w4a16", fast, "w4a16"),
+        Variant("w4a16 low_memory", fast, "w4a16", low_memory=True),
+        Variant("w4a16-g64", fast, "w4a16-g64"),
+        Variant("w4a16-g64 low_memory", fast, "w4a16-g64", low_memory=True),
     ]
 
 
@@ -138,6 +147,7 @@ def made(variant: Variant, model: UNet2DConditionModel, ranges: dict[str, Any]) 
         for name, layer in quantizable(changed).items():
             state = min_max_state(layer, parse_scheme(variant.scheme), ranges[name], variant.dtype)
             changed.set_submodule(name, quantize_layer(layer, state))
+        set_low_memory(changed, variant.low_memory)
     # not diffusers' own .to(), which warns about dtypes
     nn.Module.to(changed, dtype=variant.dtype, memory_format=torch.channels_last)  # pyright: ignore
     with native(variant.native):
@@ -177,6 +187,7 @@ def save_for_memory(variant: Variant, model: UNet2DConditionModel, folder: Path)
         "schemes": states,
         "dtype": str(variant.dtype)[6:],
         "native": variant.native,
+        "low_memory": variant.low_memory,
     }
     (folder / "head.json").write_text(json.dumps(head, default=str))
 
@@ -208,6 +219,8 @@ def grow(folder: Path) -> tuple[float, float]:
         model.set_submodule(name, fresh)
     model.load_state_dict(tensors, assign=True)
     del tensors, file
+    if head["schemes"]:
+        set_low_memory(model, head["low_memory"])
     nn.Module.to(model, memory_format=torch.channels_last)  # pyright: ignore
     with native(head["native"]):
         step(model, step_inputs(model, getattr(torch, head["dtype"])))
@@ -249,6 +262,7 @@ def show(rows: list[Row], weights_mib: float) -> None:
 
 
 def main(
+    only: Annotated[list[str] | None, typer.Argument(help="variants besides float; all without")] = None,
     model: Annotated[str, typer.Option(help="bundled | sd15")] = "sd15",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     json_path: Annotated[Path | None, typer.Option("--json", help="also write the rows here")] = None,
@@ -261,7 +275,8 @@ def main(
         return
     reference = float_model(model)
     weights_mib = sum(p.numel() for p in reference.parameters()) * 4 / MIB
-    ranges, wanted = measured_ranges(reference), {v.name: v for v in variants()}
+    ranges = measured_ranges(reference)
+    wanted = {v.name: v for v in variants() if v.scheme == "float" or v.name in (only or (v.name,))}
     models = {name: made(variant, reference, ranges) for name, variant in wanted.items()}
     times = timed(models, rounds)
     truth = step(reference, step_inputs(reference, torch.float32))

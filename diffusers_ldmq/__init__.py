@@ -11,11 +11,13 @@ from .config import LDMQConfig
 from .correction import correct
 from .errors import LDMQError
 from .inputs import default_inputs
+from .layers import set_low_memory
 from .pipeline import QuantizedLDMPipeline
 from .planning import make_plan
 from .plugin import register
 from .profiling import ProfileSettings, profile_sqnr
 from .quantization import quantize
+from .reconstruction import ReconstructionSettings, reconstruct
 from .recording import record_calls
 from .twin import register as register_text
 from .verification import verify
@@ -32,6 +34,7 @@ __all__ = [
     "Profile",
     "ProfileSettings",
     "QuantizedLDMPipeline",
+    "ReconstructionSettings",
     "Recording",
     "Report",
     "__version__",
@@ -42,7 +45,9 @@ __all__ = [
     "profile_sqnr",
     "quantize",
     "quantize_attention",
+    "reconstruct",
     "record_calls",
     "restore_attention",
+    "set_low_memory",
     "verify",
 ]

@@ -42,7 +42,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the device's fastest), float32, bfloat16 or float16")]
 Planner = Annotated[str, typer.Option(help="hybrid (blocks from a cut-off on), budget (integer programme), uniform")]
 Scheme = Annotated[str, typer.Option(help="low precision: w8a8, w8a8-dyn, w8a16, w4a16, w4a16-g64, w4a8, w4a4, ...")]
-Rule = Annotated[str, typer.Option("--calibration", help="steps that calibrate: first-step or uniform")]
+Rule = Annotated[str, typer.Option("--calibration", help="steps that calibrate: first-step, uniform, normal or tdac")]
 Observer = Annotated[str, typer.Option(help="how a range is chosen: minmax, minmax-affine or mse")]
 KeepFloat = Annotated[str, typer.Option(help="default (the family's layers), none, or names with commas between")]
 TARGET_HELP = (
@@ -52,6 +52,10 @@ TARGET_HELP = (
 Target = Annotated[str | None, typer.Option(help=TARGET_HELP)]
 Corrections = Annotated[str, typer.Option(help=f"none, auto (try all on the worst layers), or of {', '.join(DEFAULT)}")]
 CorrectedLayers = Annotated[int, typer.Option(min=1, help="how many layers, noisiest first, to try corrections on")]
+Reconstruct = Annotated[
+    str,
+    typer.Option(help="learn all rounding block by block: none, quick (minutes) or full; goes on if interrupted"),
+]
 Pngs = Annotated[bool, typer.Option("--pngs", help="also write every figure as a PNG beside it")]
 Full = Annotated[
     bool,
@@ -181,6 +185,11 @@ def check_out(out: Path, model: str, overwrite: bool) -> None:
         raise OutputError(f"{out}: is the model itself; quantize into another folder")
     if not (out / "model_index.json").is_file():
         raise OutputError(f"{out}: holds no pipeline (no model_index.json), so --overwrite will not delete it")
+
+
+def reconstruction_memory(out: Path) -> Path:
+    """Where the finished blocks of a reconstruction are kept until `out` is written."""
+    return out.absolute().with_name(f".{out.absolute().name}.reconstruction")
 
 
 def dry_run_folder(out: Path | None, repo_id: str) -> Path:

@@ -187,12 +187,30 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconstructed:
+    """What learning the rounding of one unit brought, as SQNR in dB of its own output behind quantized layers, on
+    samples that it did not learn from.
+
+    layers: how many it has; before: as it was given; soft: as learned, undecided where rounding is soft; after: as it
+    runs; kept: it is better than before and part of the calibration.
+    """
+
+    unit: str
+    layers: int
+    before_db: float
+    soft_db: float
+    after_db: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What verification measured at the denoiser's output, on calls that nothing before it saw.
 
     timesteps, signal, noise: [T], one entry per recorded timestep; dtype: of the verified denoiser.
     int8_macs: share of the Linear and Conv2d multiply-accumulates that run integer x integer.
     bytes: of the denoiser's stored weights; fp32_bytes: of the same model at fp32. corrections: all that were tried;
+    reconstruction: every unit whose rounding was learned;
     speedup: of a call over the float model's in its fastest dtype, where a target asked for it.
     """
 
@@ -207,6 +225,7 @@ class Report:
     fp32_bytes: int
     calibration: dict[str, Any] = field(default_factory=dict)
     corrections: tuple[Trial, ...] = ()
+    reconstruction: tuple[Reconstructed, ...] = ()
     speedup: float | None = None
     format_version: int = FORMAT_VERSION
 

@@ -34,6 +34,7 @@ from .families import find_denoiser
 from .folders import write_side_files
 from .output import folder_beside
 from .request import Request
+from .selections import selection_name
 from .serialization import read_json, to_json, write_json
 from .version import __version__
 
@@ -123,7 +124,8 @@ def find_entry(model: str, request: Request, options: dict[str, Any]) -> Entry |
         return None
     given = {name: value for name, value in options.items() if name not in (*_NEUTRAL, "kind")}
     try:
-        asked = {"inputs": comparable(request.inputs), "options": comparable(given)}
+        selected = [selection_name(request.settings.calibration), to_json(request.settings.calibration)]
+        asked = {"inputs": comparable(request.inputs), "options": comparable(given), "selected": comparable(selected)}
     except TypeError as cause:
         logger.warning("the result is not cached: %s", cause)
         return None
@@ -134,7 +136,7 @@ def find_entry(model: str, request: Request, options: dict[str, Any]) -> Entry |
         "format": FORMAT,
         "versions": _versions(),
         "source": source,
-        "settings": to_json(replace(request.settings, dtype=None, components={})),
+        "settings": to_json(replace(request.settings, dtype=None, components={}, calibration="")),
         "components": {name: LDMQConfig(plan).to_dict() for name, plan in request.settings.components.items()},
         "dtype": str(request.settings.dtype),
         "steps": request.steps,

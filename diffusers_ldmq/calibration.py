@@ -13,7 +13,7 @@ from .families import fingerprint, quantizable_layers
 from .observers import OBSERVERS, Observer
 from .offloading import refuse_offloaded
 from .progress import Progress
-from .selections import SELECTIONS
+from .selections import Selection, find_selection, selection_name
 from .specs import LayerState, QuantSpec, Scheme, parse_scheme
 
 
@@ -22,7 +22,7 @@ def calibrate(
     plan: Plan,
     recording: Recording | None,
     *,
-    selection: str = "first-step",
+    selection: str | Selection = "first-step",
     observer: str = "minmax-affine",
     progress: Progress | None = None,
 ) -> Calibration:
@@ -45,12 +45,12 @@ def calibrate(
                 f"record some, or choose a scheme such as w8a8-dyn or w8a16"
             )
         chosen = recording.only("calibrate")
-        picked = SELECTIONS[selection](chosen, None)
+        picked = find_selection(selection)(chosen, None)
         batches = list(chosen.batches(list(picked)))
         samples, made = len(picked), recording.sampler_calls.get("calibrate", 0)
     ranges = observe_inputs(denoiser, batches, static, observer, progress) if static else {}
     states = {name: layer_state(name, layers[name], scheme, ranges.get(name)) for name, scheme in schemes.items()}
-    return Calibration(plan, states, selection, observer, samples, len(batches), made)
+    return Calibration(plan, states, selection_name(selection), observer, samples, len(batches), made)
 
 
 def check_plan(plan: Plan, denoiser: nn.Module) -> None:

@@ -19,6 +19,8 @@ from .serialization import from_json, read_json, write_json
 FORMAT_VERSION = 1
 UNBATCHED = ("img_ids", "txt_ids", "image_rotary_emb")
 """Arguments without a batch axis, whatever their length."""
+FEATURES = "features"
+"""Name of the features among a file's tensors, whose other names are hashes."""
 SetName = Literal["calibrate", "select", "verify"]
 
 
@@ -82,12 +84,15 @@ class Recording:
     """Calls with nested arguments flattened by path, equal tensors stored once.
 
     sampler_calls: set -> denoiser calls the sampler made to obtain that set.
+    features: fp32 [steps, B, C, h, w], what went into the denoiser's middle (Family.middle) at every step of the first
+    calibrating run, tokens as [steps, B, C, tokens, 1]; None where no selection asked for them.
     """
 
     denoiser: str
     calls: tuple[Call, ...]
     tensors: dict[str, Tensor]
     sampler_calls: dict[str, int] = field(default_factory=dict)
+    features: Tensor | None = None
 
     def only(self, name: SetName) -> "Recording":
         """The calls of one of the three disjoint sets. Raises RecordingError if it has none."""
@@ -138,7 +143,8 @@ class Recording:
                         f"argument {path!r} of the recorded {self.denoiser} holds Python objects that no file can "
                         f"keep; use this recording in the process that made it"
                     )
-        save_file({k: t.contiguous() for k, t in self.tensors.items()}, Path(folder) / "recording.safetensors")
+        tensors = {**self.tensors, **({} if self.features is None else {FEATURES: self.features})}
+        save_file({k: t.contiguous() for k, t in tensors.items()}, Path(folder) / "recording.safetensors")
         head = {"format_version": FORMAT_VERSION, "denoiser": self.denoiser, "sampler_calls": self.sampler_calls}
         write_json(Path(folder) / "recording.json", {**head, "calls": self.calls})
 
@@ -152,11 +158,13 @@ class Recording:
             tensors = load_file(Path(folder) / "recording.safetensors")
         except (OSError, SafetensorError) as cause:
             raise RecordingError(f"{folder}/recording.safetensors: cannot be read ({cause})") from None
+        features = tensors.pop(FEATURES, None)
         recording = Recording(
             from_json(str, data.get("denoiser"), RecordingError, "denoiser"),
             from_json(tuple[Call, ...], data.get("calls"), RecordingError, "calls"),
             tensors,
             from_json(dict[str, int], data.get("sampler_calls"), RecordingError, "sampler_calls"),
+            features,
         )
         needed = {key for call in recording.calls for key in (*call.tensors.values(), call.output)}
         if not needed <= set(tensors):

@@ -25,7 +25,12 @@ SQNR_PLOT, SAMPLES = "sqnr.png", "samples.png"
 MARK = "<!-- written by diffusers-ldmq; without this line the next push keeps this card as it is -->"
 """By which a card of ours is told from one that somebody wrote or changed."""
 
-SELECTED = {"first-step": "the first step", "uniform": "steps from the whole schedule"}
+SELECTED = {
+    "first-step": "the first step",
+    "normal": "normally distributed steps",
+    "tdac": "steps chosen by how dense and how varied the denoiser's features are (TDAC)",
+    "uniform": "steps from the whole schedule",
+}
 """Calibration rule -> which denoiser inputs it uses, in words."""
 
 
@@ -149,6 +154,7 @@ def _body(card: Card, figures: set[str]) -> str:
         layer_count=len(quantized),
         float_layers=[name for name, scheme in card.layers.items() if scheme == "float"],
         low=sorted({scheme for scheme in quantized if scheme.startswith("w4")}),
+        reconstruction=[unit for unit in card.report.reconstruction if unit.kept] if card.report else [],
         corrections=[trial for trial in card.report.corrections if trial.kept] if card.report else [],
         dtype_argument="" if card.dtype == "float32" else f", torch_dtype=torch.{card.dtype}",
         calibration=_calibration(card.report),

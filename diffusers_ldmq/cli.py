@@ -1,6 +1,7 @@
 """The command line `ldmq`: options in, one library call each, a table or JSON out. Here: the commands that make a
 quantized model; those that use one are in cli_use.py."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import arguments as arg
-from . import cli_use
+from . import cli_evaluate, cli_use
 from .artifacts import Plan, Profile
 from .demo import MODEL
 from .demo.job import refuse_demo_folder, run_demo
@@ -19,8 +20,9 @@ from .pipeline import Settings, denoiser_loader, quantize_pipeline, save_pipelin
 from .planning import kept_layers, make_plan
 from .profiling import ProfileSettings, profile_sqnr
 from .recording import record_calls
+from .settings import reconstruction_of
 from .summary import Summary, summary_data, summary_table
-from .terminal import console, quiet_libraries, say, stages, tell
+from .terminal import quiet_libraries, say, stages, tell, tell_memory
 
 app = typer.Typer(
     name="ldmq",
@@ -63,6 +65,7 @@ def quantize(
     keep_float: arg.KeepFloat = "default",
     corrections: arg.Corrections = "none",
     corrected_layers: arg.CorrectedLayers = 8,
+    reconstruct: arg.Reconstruct = "none",
     target: arg.Target = None,
     prompts: arg.Prompts = None,
     inputs: arg.Inputs = None,
@@ -76,6 +79,7 @@ def quantize(
 ) -> None:
     """Quantize a pipeline and save it as an ordinary diffusers folder."""
     arg.check_names(scheme, planner=planner, calibration=calibration, observer=observer, corrections=corrections)
+    reconstruction_of(reconstruct)
     arg.check_target(target)
     arg.check_out(out, model, overwrite)
     if plan:
@@ -88,6 +92,7 @@ def quantize(
         keep_float=keep_float,
         corrections=corrections,
         corrected_layers=corrected_layers,
+        reconstruction=reconstruct,
         target=target,
         plan=Plan.load(plan) if plan else None,
         dtype=arg.checked_dtype(dtype, device),
@@ -98,9 +103,15 @@ def quantize(
     pipe = arg.load_float(model, device, settings.components)
     settings = replace(settings, dtype=arg.fitting_dtype(settings.dtype, dtype, pipe))
     reload = denoiser_loader(arg.model_path(model), device)
+    memory = arg.reconstruction_memory(out) if reconstruct != "none" else None
+    if memory is not None:
+        tell_memory(memory)
     with stages() as progress:
-        outcome = quantize_pipeline(pipe, given.calls(pipe, steps), settings, reload=reload, progress=progress)
+        calls = given.calls(pipe, steps)
+        outcome = quantize_pipeline(pipe, calls, settings, reload=reload, memory=memory, progress=progress)
         save_pipeline(pipe, out, outcome=outcome, overwrite=overwrite)
+    if memory is not None:
+        shutil.rmtree(memory, ignore_errors=True)
     summary = Summary(model, outcome.recording.denoiser, outcome.plan, outcome.report, companions=outcome.companions)
     tell(summary_table(summary), {**summary_data(summary), "out": str(out)}, as_json)
     say(f"\nSaved in {out}; `ldmq info {out}` shows it again.", as_json)
@@ -137,8 +148,7 @@ def profile(
     )
     memory = out.with_suffix(".partial.json") if full else None
     if memory is not None:
-        begun = "going on with what it holds" if memory.exists() else "repeat the command to go on after an interrupt"
-        console(stderr=True).print(f"note: finished parts are kept in {memory}; {begun}", markup=False, soft_wrap=True)
+        tell_memory(memory)
     with stages() as told:
         recording = record_calls(
             pipe, given.calls(pipe, steps), selection=calibration, seed=seed, progress=told.of("record")
@@ -174,3 +184,4 @@ def plan(
 
 for command in (cli_use.sample, cli_use.compare, cli_use.report, cli_use.info, cli_use.push):
     app.command()(command)
+app.command("evaluate")(cli_evaluate.evaluate_model)

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from .allocator import give_back
 from .artifacts import Calibration, Plan, Profile, Report, Trial
 from .calibration import calibrate
 from .calls import Recording
-from .correction import correct
 from .demands import keeps, refuse_overrun, short_db, too_slow
 from .errors import PlanError
+from .improving import Improved, Improver, improves
 from .planners import Target, parse_target, plan_bytes, predict
 from .planning import make_plan, meets_size, raise_plan
 from .progress import StageProgress as Progress
 from .quantization import quantize, quantized_for_now
-from .settings import Outcome, Settings, corrections_of
+from .selections import TDAC, find_selection
+from .serialization import to_json
+from .settings import Outcome, Settings
 from .specs import parse_scheme
 from .tables import LayerTable, LayerTimes
 from .timing import measured_speedup
@@ -39,7 +42,8 @@ Load = Callable[[], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What stays the same while plans are tried. profile, times: None where nothing needs them."""
+    """What stays the same while plans are tried. profile, times: None where nothing needs them; memory: a folder that
+    keeps the finished units of reconstructions, None = nowhere; improved: what was made of each plan's calibration."""
 
     recording: Recording
     table: LayerTable
@@ -48,6 +52,8 @@ class Job:
     settings: Settings
     target: Target | None
     told: Progress
+    memory: Path | None = None
+    improved: dict[str, Improved] = field(default_factory=dict)
 
     def until_met(self, denoiser: nn.Module, load: Load | None) -> tuple[Outcome, nn.Module]:
         """The outcome that keeps the target, and the quantized denoiser. load: gives the float denoiser anew.
@@ -155,8 +161,8 @@ class Job:
         while True:
             calibration = self.calibrated(denoiser, plan)
             report = self._on_select(denoiser, calibration)
-            if short_db(self.target, report) + margin > 0 and self.settings.corrections != "none":
-                report = self._on_select(denoiser, self._corrected(denoiser, calibration)[0])
+            if short_db(self.target, report) + margin > 0 and improves(self.settings):
+                report = self._on_select(denoiser, self._improved(denoiser, plan, calibration).calibration)
             short = short_db(self.target, report)
             raised = self.higher(plan, max(short + margin, 0.0) + MARGIN_DB)
             if short + margin <= 0 or (raised is None and short <= 0):
@@ -190,44 +196,43 @@ class Job:
     def run(self, denoiser: nn.Module, plan: Plan) -> Outcome:
         """Calibrate, correct, quantize in place and verify."""
         give_back()
-        facts, trials = self._quantized(denoiser, plan)
-        plan = self._foretold(plan, trials)
+        improved = self._improved(denoiser, plan, self.calibrated(denoiser, plan))
+        facts = self._quantized(denoiser, improved.calibration)
+        plan = self._foretold(plan, improved.trials)
         give_back()
         report = verify(denoiser, self.recording, progress=self.stage("verify"))
-        report = replace(report, calibration=facts, corrections=trials)
+        done = {"corrections": improved.trials, "reconstruction": improved.reconstruction}
+        report = replace(report, calibration=facts, **done)
         return Outcome(self.recording, self.profile, plan, report, self.times)
 
-    def _quantized(self, denoiser: nn.Module, plan: Plan) -> tuple[dict[str, Any], tuple[Trial, ...]]:
-        """Facts of the calibration, and the corrections tried. The plain codes end here: only the packed ones live."""
-        calibration, trials = self._corrected(denoiser, self.calibrated(denoiser, plan))
+    def _quantized(self, denoiser: nn.Module, calibration: Calibration) -> dict[str, Any]:
+        """Facts of the calibration. The plain codes end here: only the packed ones live."""
         quantize(denoiser, calibration, dtype=self.settings.dtype, progress=self.stage("quantize"))
-        facts = {
+        self.improved.clear()
+        return {
             "selection": calibration.selection,
             "observer": calibration.observer,
             "samples": calibration.samples,
             "forward_calls": calibration.forward_calls,
             "sampler_calls": calibration.sampler_calls,
+            **self._scores(calibration.samples),
         }
-        return facts, trials
 
-    def _corrected(self, denoiser: nn.Module, calibration: Calibration) -> tuple[Calibration, tuple[Trial, ...]]:
-        names = corrections_of(self.settings.corrections)
-        if not names or self.profile is None:
-            return calibration, ()
-        effects, schemes = predict(self.profile).total, calibration.plan.quantized()
-        ranked = sorted(schemes, key=lambda name: -effects[name].get(schemes[name], 0.0))
-        limit = self.target.byte_limit(self.table) if self.target else None
-        if self.target is not None and self.target.min_integer_share is not None:
-            names = tuple(name for name in names if name != "low-rank")  # its branch is float work
-        return correct(
-            denoiser,
-            calibration,
-            self.recording,
-            layers=ranked[: self.settings.corrected_layers],
-            corrections=names,
-            most_bytes=None if limit is None else max(limit - plan_bytes(self.table, schemes), 0),
-            progress=self.stage("correct"),
-        )
+    def _improved(self, denoiser: nn.Module, plan: Plan, calibration: Calibration) -> Improved:
+        """The calibration of a plan, corrected and reconstructed as asked; done once for a plan."""
+        key = str(plan.quantized())
+        if key not in self.improved:
+            improver = Improver(self.recording, self.table, self.profile, self.settings, self.target, self.told)
+            self.improved.clear()
+            self.improved[key] = improver.improve(denoiser, calibration, self.memory)
+        return self.improved[key]
+
+    def _scores(self, samples: int) -> dict[str, Any]:
+        """Why so many samples of each step were chosen, where scores of the steps decided it."""
+        selection, features = find_selection(self.settings.calibration), self.recording.features
+        if not samples or features is None or not isinstance(selection, TDAC):
+            return {}
+        return {"scores": to_json(selection.scores(features, samples))}
 
     def _foretold(self, plan: Plan, trials: tuple[Trial, ...]) -> Plan:
         """The plan with the profile's prediction, counting what kept corrections brought at their layers."""

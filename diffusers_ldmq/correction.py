@@ -21,7 +21,7 @@ from .metrics import Power, total
 from .observers import OBSERVERS
 from .progress import Progress
 from .quantization import quantized_for_now, refuse_unfit, replace_layer
-from .selections import SELECTIONS
+from .selections import Selection, find_selection
 from .specs import LayerState
 from .verification import stored_bytes
 
@@ -47,21 +47,24 @@ def correct(  # noqa: PLR0913 (options of one stage)
     layers: Sequence[str],
     corrections: Sequence[str] = DEFAULT,
     observer: str | None = None,
+    selection: str | Selection | None = None,
     most_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Calibration, tuple[Trial, ...]]:
     """Try corrections on `layers`, worst first, and return the calibration with those that passed both gates, and
     every trial. The denoiser is the float one and unchanged afterwards.
 
-    observer: derives static ranges again from the transformed inputs (None = the calibration's); most_bytes: that all
-    kept corrections together may add to what is stored (None = any). Inputs of as many
-    layers as fit into CAPTURE_BYTES are held at a time, of one at least; the denoiser runs CALIBRATING_CALLS +
-    SELECT_CALLS times for each such group and SELECT_CALLS times for each of a layer's CANDIDATES at the model gate.
+    observer: derives static ranges again from the transformed inputs; selection: picks the calls to calibrate with (of
+    both, None = the calibration's); most_bytes: that all kept corrections together may add to what is stored (None =
+    any). Inputs of as many layers as fit into CAPTURE_BYTES are held at a time, of one at least; the denoiser runs
+    CALIBRATING_CALLS + SELECT_CALLS times for each such group and SELECT_CALLS times for each of a layer's CANDIDATES
+    at the model gate.
 
     Raises CalibrationError for a layer that is not quantized, or not called, LDMQError for an unknown correction or
     observer or a denoiser that is quantized already.
     """
-    stage = _Stage(denoiser, calibration, recording, tuple(corrections), observer or calibration.observer)
+    observer, selection = observer or calibration.observer, selection or calibration.selection
+    stage = _Stage(denoiser, calibration, recording, tuple(corrections), observer, selection)
     stage.check(layers)
     trials: list[Trial] = []
     room = _Room(math.inf if most_bytes is None else most_bytes)
@@ -79,7 +82,7 @@ def apply_everywhere(
 ) -> Calibration:
     """The calibration with one correction on every layer it applies to, measured by nobody: what the gates are
     compared with. Raises as `correct`."""
-    stage = _Stage(denoiser, calibration, recording, (correction,), calibration.observer)
+    stage = _Stage(denoiser, calibration, recording, (correction,), calibration.observer, calibration.selection)
     stage.check(list(calibration.states))
     states = dict(calibration.states)
     for group in stage.groups(list(states)):
@@ -115,6 +118,7 @@ class _Stage:
         recording: Recording,
         corrections: tuple[str, ...],
         observer: str,
+        selection: str | Selection,
     ) -> None:
         refuse_unfit(denoiser)
         self.corrections = {name: CORRECTIONS[name] for name in corrections}
@@ -122,7 +126,7 @@ class _Stage:
         self.floats = {name: denoiser.get_submodule(name) for name in calibration.states}
         self.split = family_of(denoiser).skip_split
         calibrating = recording.only("calibrate")
-        picked = list(SELECTIONS[calibration.selection](calibrating, None))
+        picked = list(find_selection(selection)(calibrating, None))
         self.calibrate = list(_evenly(list(calibrating.batches(picked)), CALIBRATING_CALLS))
         self.select = held_out_batches(recording)
 

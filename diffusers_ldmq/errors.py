@@ -33,6 +33,10 @@ class BackendError(LDMQError):
     """No backend can run a layer as its scheme asks."""
 
 
+class EvaluationError(LDMQError):
+    """Pictures, or what they are to be measured with, cannot be used."""
+
+
 class OutputError(LDMQError):
     """A result could not be written where the user asked for it."""
 

@@ -81,7 +81,7 @@ def _values(pipe: Any, prompts: Sequence[str] | None, seed: int) -> list[Any]:
     if "prompt" in accepted:
         return list(prompts) if prompts is not None else captions()
     if "class_labels" in accepted:
-        classes = _class_count(pipe)
+        classes = class_count(pipe)
         return random.Random(seed).choices(range(classes), k=IMAGES)
     return [None] * IMAGES
 
@@ -94,7 +94,8 @@ def _argument(accepted: Any, chunk: list[Any]) -> dict[str, Any]:
     return {"batch_size": len(chunk)}
 
 
-def _class_count(pipe: Any) -> int:
+def class_count(pipe: Any) -> int:
+    """Classes that a class-conditional pipeline was trained on, as its denoiser says; 1000 where it does not."""
     denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     config = getattr(denoiser, "config", {})
     return int(config.get("num_embeds_ada_norm") or config.get("num_class_embeds") or 1000)

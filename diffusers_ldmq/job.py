@@ -1,5 +1,6 @@
 """The whole job in one call: record, profile, plan, calibrate, correct, quantize, verify, until the target holds."""
 
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -24,8 +25,8 @@ from .profiling import ProfileSettings, profile_sqnr
 from .progress import StageProgress as Progress
 from .quantization import refuse_unfit
 from .recording import record_calls, try_one_step
-from .selections import SELECTIONS
-from .settings import Outcome, Settings, corrections_of
+from .selections import find_selection
+from .settings import Outcome, Settings, corrections_of, reconstruction_of
 from .specs import parse_scheme
 from .tables import LayerTable
 from .timing import layer_times
@@ -40,6 +41,7 @@ def quantize_pipeline(
     settings: Settings | None = None,
     *,
     reload: Callable[[], nn.Module] | None = None,
+    memory: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Record, profile, plan, calibrate, correct, quantize and verify; the pipe's denoiser is quantized in place.
@@ -47,7 +49,8 @@ def quantize_pipeline(
     The pipe should be float, best fp32. A target on SQNR is met on the 'select' set first and then checked on 'verify',
     one on speed is measured against the float model in its fastest dtype; if that misses it, another plan is made and
     the job repeated with the float denoiser that `reload` gives (default: copies kept in memory, where a target needs
-    them). Raises PlanError, saying by how much, if the target is missed for good, and LDMQError for unusable input; the
+    them). memory: a folder that keeps what a reconstruction has finished, so that an interrupted one goes on.
+    Raises PlanError, saying by how much, if the target is missed for good, and LDMQError for unusable input; the
     pipe's denoiser may then be quantized already: load the pipe again.
     """
     settings = settings or Settings()
@@ -58,7 +61,6 @@ def quantize_pipeline(
     target = parse_target(settings.target) if settings.target else None
     table = layer_table(denoiser)
     kept_layers(table, settings.keep_float)
-    corrections_of(settings.corrections)
     _refuse_unknown(settings)
     if settings.plan is not None:
         check_plan(settings.plan, denoiser)
@@ -69,9 +71,9 @@ def quantize_pipeline(
     if reload is None and target is not None:
         original = deepcopy(denoiser)
         reload = lambda: deepcopy(original)  # noqa: E731
-    recording = record_calls(
-        pipe, inputs, selection=settings.calibration, seed=settings.seed, progress=_stage(told, "record")
-    )
+    reconstruction = reconstruction_of(settings.reconstruction)
+    recorded_for = settings.calibration if reconstruction is None else reconstruction.selection
+    recording = record_calls(pipe, inputs, selection=recorded_for, seed=settings.seed, progress=_stage(told, "record"))
     profile = _profile(denoiser, recording, settings, target, told)
     times = None
     if target is not None and target.min_speedup is not None and reload is not None:
@@ -80,7 +82,7 @@ def quantize_pipeline(
         timed = tuple(scheme for scheme in candidates(settings.scheme) if scheme != "float")
         times = layer_times(reload, batch, timed, settings.dtype or floating_dtype(denoiser))
         told("time layers", 1, 1)
-    job = Job(recording, table, profile, times, settings, target, told)
+    job = Job(recording, table, profile, times, settings, target, told, None if memory is None else Path(memory))
     outcome, denoiser = job.until_met(denoiser, reload)
     pipe.register_modules(**{name: denoiser})
     attach(denoiser)
@@ -94,7 +96,9 @@ def _refuse_unknown(settings: Settings) -> None:
     """Raise LDMQError for a name that nothing has, before anything slow."""
     PLANNERS[settings.planner]
     OBSERVERS[settings.observer]
-    SELECTIONS[settings.calibration]
+    find_selection(settings.calibration)
+    corrections_of(settings.corrections)
+    reconstruction_of(settings.reconstruction)
     parse_scheme(settings.scheme)
 
 

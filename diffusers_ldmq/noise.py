@@ -84,7 +84,7 @@ class NoiseProbes:
     def _measure(self, denoiser: nn.Module, batch: Batch, generator: torch.Generator, copies: int) -> None:
         passing = _Pass(self, batch, copies)
         # what is recomputed in the backward pass must be without dropout, too
-        with self._listening(passing), _differentiable(denoiser), evaluating(denoiser), torch.enable_grad():
+        with self._listening(passing), differentiable(denoiser), evaluating(denoiser), torch.enable_grad():
             output = forward(denoiser, repeated(batch, copies))
             signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
             output.backward(signs.to(output))
@@ -254,7 +254,7 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def _differentiable(denoiser: nn.Module) -> Iterator[None]:
+def differentiable(denoiser: nn.Module) -> Iterator[None]:
     """Gradients reach activations but no parameters; activations are recomputed where the denoiser can do that."""
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     model: Any = denoiser

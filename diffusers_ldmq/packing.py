@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backends import Backend
 from .errors import CheckpointError, place
@@ -82,6 +82,22 @@ def leave_file(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
     tensor.data = tensor.detach().clone()
     return tensor
+
+
+def make_own(
+    held: Mapping[str, Tensor], parameters: dict[str, nn.Parameter | None], buffers: dict[str, Tensor | None]
+) -> None:
+    """Make a layer's tensors ordinary ones, and all but its weight, which is going to be packed, leave their file.
+
+    held: those in its `parameters` and `buffers` that are there.
+    """
+    for name, tensor in held.items():
+        if name in buffers:
+            buffers[name] = leave_file(ordinary(tensor))
+        elif tensor.is_inference():
+            parameters[name] = nn.Parameter(ordinary(tensor.detach()), requires_grad=False)
+        elif name == "bias":
+            leave_file(tensor)  # a Parameter is no view
 
 
 def is_stand_in(weight: Tensor, pack: Pack) -> bool:

@@ -33,7 +33,7 @@ from .families import find_denoiser, refuse_compiled, uncompiled
 from .folders import as_saved, denoiser_loader, load_pipeline, save_pipeline, still_true, write_side_files
 from .guards import check_cast
 from .job import Outcome, Settings, quantize_pipeline, settle
-from .layers import quantized_layers
+from .layers import quantized_layers, set_low_memory
 from .output import folder_into
 from .quantization import refuse_unfit
 from .request import Request
@@ -90,7 +90,8 @@ class QuantizedLDMPipeline:
         (or prompts): prompts, or dicts of `__call__` arguments, to record (default: captions of ours). settings:
         everything else; fields of Settings may be given as keywords too (`calibration`, `corrections`, ...) and, as
         plan and target, go before it. Other keywords: `dtype` / `torch_dtype` (or its name), `device`, `steps`,
-        `progress`; the rest is DiffusionPipeline.from_pretrained's (`revision`, `variant`, `safety_checker`, ...).
+        `progress`, `low_memory` (as `set_low_memory`); the rest is DiffusionPipeline.from_pretrained's (`revision`,
+        `variant`, `safety_checker`, ...).
 
         What was computed is kept under the Hugging Face cache: asked the same again, it is loaded (`cache=False` or
         the environment's LDMQ_CACHE=0 turn that off).
@@ -109,7 +110,7 @@ class QuantizedLDMPipeline:
         if cls._plain is not None:
             kwargs["kind"] = cls._plain
         if config is None:
-            return _computed(model, request, kwargs)
+            return _low_memory(_computed(model, request, kwargs), request)
         original = original_name(model, **hub)
         if request.names:
             others = [name for name in request.names if name not in ("plan", "target")]
@@ -121,7 +122,7 @@ class QuantizedLDMPipeline:
         pipe = load_pipeline(model, dtype=request.dtype or stored, device=request.device, **kwargs)
         if original:
             pipe.register_to_config(_name_or_path=original)  # of what it was made, not where it lies now
-        return _dressed(pipe, **side_files(model, **hub))
+        return _low_memory(_dressed(pipe, **side_files(model, **hub)), request)
 
     @classmethod
     def from_pipe(
@@ -148,7 +149,7 @@ class QuantizedLDMPipeline:
         made = assembled(cls._plain or getattr(pipe, "_plain", type(pipe)), pipe, kwargs)
         name, denoiser = find_denoiser(made)
         if not quantized_layers(denoiser):
-            return _quantized(made, request)
+            return _low_memory(_quantized(made, request), request)
         if request.names:
             raise LDMQError(
                 f"the given {type(pipe).__name__} is quantized already; leave {', '.join(request.names)} out to share "
@@ -161,7 +162,8 @@ class QuantizedLDMPipeline:
                 f"checkpoint with dtype={request.dtype} instead"
             )
         same = denoiser is uncompiled(pipe.components.get(name))
-        return _dressed(made, **{name: getattr(pipe, name, None) for name in SIDE_FILES if same})
+        dressed = _dressed(made, **{name: getattr(pipe, name, None) for name in SIDE_FILES if same})
+        return _low_memory(dressed, request)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As the pipeline's own. Raises LDMQError for a dtype that a quantized model does not have, and then leaves the
@@ -225,6 +227,12 @@ def _quantized_class(base: type) -> type:
 def _dressed(pipe: Any, **artifacts: Any) -> Any:
     pipe.__class__ = _quantized_class(type(pipe))
     object.__setattr__(pipe, "_artifacts", {name: value for name, value in artifacts.items() if value is not None})
+    return pipe
+
+
+def _low_memory(pipe: Any, request: Request) -> Any:
+    if request.low_memory is not None:
+        set_low_memory(pipe, request.low_memory)
     return pipe
 
 

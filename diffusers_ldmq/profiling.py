@@ -27,7 +27,7 @@ from .noise import NoiseProbes
 from .planners import candidates, low_precision
 from .progress import Progress
 from .quantization import refuse_unfit
-from .selections import SELECTIONS
+from .selections import Selection, find_selection, selection_name
 from .serialization import to_json
 from .specs import parse_scheme
 from .version import __version__
@@ -53,7 +53,7 @@ class ProfileSettings:
     groups: int = 20
     scheme: str = "w8a8"
     schemes: tuple[str, ...] = ("w8a16", "w8a8", "w8a8-dyn", "w4a16", "w4a8", "w4a8-dyn")
-    selection: str = "first-step"
+    selection: str | Selection = "first-step"
     observer: str = "minmax-affine"
     keep_float: frozenset[str] | None = None
     full: bool = False
@@ -87,7 +87,7 @@ def profile_sqnr(
     kept = {info.name for info in table.layers if info.keep_float}
     kept = kept if settings.keep_float is None else set(settings.keep_float)
     calibrating = recording.only("calibrate")
-    picked = calibrating.batches(list(SELECTIONS[settings.selection](calibrating, None)))
+    picked = calibrating.batches(list(find_selection(settings.selection)(calibrating, None)))
     ranges = observe_inputs(denoiser, picked, list(layers), settings.observer, optional=kept)
     kinds = [(d, p) for d in DIRECTIONS for p in PARTS] if settings.full else [("forward", "both")]
     rows = sum(1 for block in table.blocks if set(block.layers) - kept)
@@ -186,7 +186,7 @@ def _key(recording: Recording, settings: ProfileSettings) -> str:
 def _describe(settings: ProfileSettings, calls: int) -> dict[str, Any]:
     kept = sorted(settings.keep_float) if settings.keep_float is not None else "default"
     return {
-        "selection": settings.selection,
+        "selection": selection_name(settings.selection),
         "observer": settings.observer,
         "scheme": settings.scheme,
         "schemes": list(settings.schemes),

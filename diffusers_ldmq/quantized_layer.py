@@ -20,7 +20,7 @@ from .backends import Backend, choose_backend
 from .compiled import new_handle, run_compiled
 from .errors import BackendError, LDMQError
 from .gradient import autocast, straight_through
-from .packing import Pack, check_codes, identity, is_current, is_stand_in, leave_file, make_stand_in, ordinary
+from .packing import Pack, check_codes, identity, is_current, is_stand_in, make_own, make_stand_in, ordinary
 from .specs import Geometry, LayerState, Scheme, check_rotation, check_state, geometry_of, parse_scheme, tensor_specs
 
 # bias before weight: pipelines read the dtype of a module's first parameter and must not find integers
@@ -41,6 +41,7 @@ class QuantizedLayer(nn.Module):
     _pack: Pack | None = None
     _handle: Tensor | None = None  # what stands for this layer in compiled graphs; None while it is float
     _requested_backend: str | None = None
+    _low_memory: bool = False
 
     @classmethod
     def from_float(cls: type[L], layer: nn.Module, state: LayerState) -> L:
@@ -91,6 +92,11 @@ class QuantizedLayer(nn.Module):
         self._requested_backend = name
         if self._scheme is not None:
             self._choose_backend()
+
+    def use_low_memory(self, on: bool) -> None:
+        """Hold 4-bit weights in 4 bits while running, too: slower, with the same outputs."""
+        self._restore()
+        self._low_memory = on
 
     def prepare(self, scheme: Scheme, names: set[str] | frozenset[str], rotation: int = 0, rank: int = 0) -> None:
         """Give the layer empty tensors for a checkpoint's values, on the device it is on (also meta).
@@ -174,17 +180,11 @@ class QuantizedLayer(nn.Module):
             if weight.device != x.device:
                 raise BackendError(f"a quantized layer on {weight.device} was given an input on {x.device}")
             check_codes(weight)
-            for name, tensor in self._held().items():
-                if name in self._buffers:
-                    self._buffers[name] = leave_file(ordinary(tensor))
-                elif tensor.is_inference():
-                    self._parameters[name] = nn.Parameter(ordinary(tensor.detach()), requires_grad=False)
-                elif name == "bias":
-                    leave_file(tensor)  # a Parameter is no view
+            make_own(self._held(), self._parameters, self._buffers)
             weight = self._parameters["weight"]
             assert weight is not None
             state, backend = self._unrestored_state(), self._choose_backend()
-            data = backend.pack(state, self.geometry)
+            data = backend.pack(state, self.geometry, self._low_memory)
             stand_in = make_stand_in(weight)
             weight.data = stand_in.expand(weight.shape)
             held = self._held()

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .calls import Call, Recording, evaluating, flatten, tensor_key
 from .errors import LDMQError, RecordingError
-from .families import find_denoiser, refuse_compiled
+from .families import family_of, find_denoiser, refuse_compiled
 from .progress import Progress
+from .selections import Selection, find_selection, first_step
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ def record_calls(
     pipe: Any,
     inputs: Sequence[dict[str, Any]],
     *,
-    selection: str = "first-step",
+    selection: str | Selection = "first-step",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Recording:
@@ -36,21 +38,23 @@ def record_calls(
 
     The inputs are dealt to three disjoint sets; with fewer than four, each is repeated with fresh seeds.
     An entry's 'seed' (default: counts up from `seed`, past those that other entries have) seeds the noise of its
-    images. With selection 'first-step' the calibrating runs end after the first step.
+    images. With selection 'first-step' the calibrating runs end after the first step; with one that looks at features
+    ('tdac') those of the first calibrating run are kept.
 
-    Raises RecordingError if the pipeline has no known denoiser or a compiled one, an argument cannot be recorded, or
-    the denoiser's output holds NaN or Inf.
+    Raises LDMQError for an unknown selection, RecordingError if the pipeline has no known denoiser or a compiled one,
+    an argument cannot be recorded, or the denoiser's output holds NaN or Inf.
     """
     if not inputs:
         raise RecordingError("no inputs to record; pass at least one dict of the pipeline's __call__ arguments")
     refuse_compiled(pipe)
     _, denoiser = find_denoiser(pipe)
     jobs = _deal(list(inputs), seed)
-    recorder = _Recorder(denoiser)
+    chosen = find_selection(selection)
+    recorder = _Recorder(denoiser, _Middle(denoiser) if getattr(chosen, "needs_features", False) else None)
     for number, (name, kwargs) in enumerate(jobs):
         if name == "calibrate" and "strength" in inspect.signature(pipe.__call__).parameters:
             kwargs = {**kwargs, "strength": 1.0}  # image-to-image: calibration sees the noisiest timestep
-        recorder.start(name, number, image_count(kwargs), first_only=name == "calibrate" and selection == "first-step")
+        recorder.start(name, number, image_count(kwargs), first_only=name == "calibrate" and chosen is first_step)
         with recorder.listening(), evaluating(denoiser):
             _call(pipe, kwargs)
         if progress:
@@ -132,11 +136,61 @@ def _call(pipe: Any, inputs: dict[str, Any]) -> None:
         ) from cause
 
 
-class _Recorder:
-    """Hooks on a denoiser that turn its calls into a Recording."""
+class _Middle:
+    """A hook on the denoiser's middle module that keeps what goes into it at every step of one run."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self.denoiser = denoiser
+        self.name = family_of(denoiser).middle(denoiser)
+        if not self.name:
+            raise RecordingError(
+                f"this {type(denoiser).__name__} has no middle block whose features could be recorded; choose another "
+                f"selection, such as 'uniform'"
+            )
+        self.module = denoiser.get_submodule(self.name)
+        self.latest: Tensor | None = None
+        self.steps: dict[int, Tensor] = {}
+
+    def listen(self) -> RemovableHandle:
+        """Attach the hook."""
+        return self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, kwargs.get("hidden_states"), *kwargs.values())
+        value = next((item for item in given if isinstance(item, Tensor)), None)
+        if value is None or value.dim() not in (3, 4):
+            shape = None if value is None else list(value.shape)
+            raise RecordingError(
+                f"{self.name} of the denoiser takes {shape}; pictures [B, C, h, w] or tokens [B, N, C] are expected: "
+                f"choose another selection, such as 'uniform'"
+            )
+        value = value.detach().to("cpu", torch.float32, copy=True)
+        self.latest = value if value.dim() == 4 else value.mT.unsqueeze(3).contiguous()
+
+    def keep(self, step: int) -> None:
+        """The denoiser's call is over and belongs to that step; its last call is what counts."""
+        if self.latest is not None:
+            self.steps[step], self.latest = self.latest, None
+
+    def features(self) -> Tensor:
+        """fp32 [steps, B, C, h, w]. B: the rows that every step has; guidance that ends early leaves the conditional
+        half, which comes last."""
+        rows = min((len(value) for value in self.steps.values()), default=0)
+        kept = [value[-rows:] for value in self.steps.values()]
+        shapes = sorted({tuple(value.shape) for value in kept})
+        if len(shapes) != 1:
+            found = f"changes its shape between steps: {shapes}" if shapes else "was never seen"
+            raise RecordingError(
+                f"what goes into the denoiser's {self.name} {found}, so steps cannot be compared; choose another "
+                f"selection, such as 'uniform'"
+            )
+        return torch.stack(kept)
+
+
+class _Recorder:
+    """Hooks on a denoiser that turn its calls into a Recording. middle: keeps features of the first calibrating run."""
+
+    def __init__(self, denoiser: nn.Module, middle: _Middle | None = None) -> None:
+        self.denoiser, self.middle = denoiser, middle
         self.signature = inspect.signature(denoiser.forward)
         self.calls: list[Call] = []
         self.tensors: dict[str, Tensor] = {}
@@ -150,14 +204,18 @@ class _Recorder:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Keep the denoiser's calls while the context is open."""
-        before = self.denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
-        after = self.denoiser.register_forward_hook(self._after, with_kwargs=True)
+        handles = [
+            self.denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.denoiser.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        if self.middle is not None and not self.middle.steps:
+            handles.append(self.middle.listen())
         made = len(self.calls)
         try:
             yield
         finally:
-            before.remove()
-            after.remove()
+            for handle in handles:
+                handle.remove()
         if len(self.calls) == made:
             raise RecordingError(f"{type(self.denoiser).__name__} was never called by the pipeline")
 
@@ -186,12 +244,15 @@ class _Recorder:
                 f"{type(module).__name__} gave NaN or Inf at timestep {timestep:g} in floating point already; "
                 f"load the model in float32 or check its weights"
             )
+        step = self.steps.setdefault(timestep, len(self.steps))
+        if self.middle is not None:
+            self.middle.keep(step)
         images = self.images if result.shape[0] % self.images == 0 else result.shape[0]
         self.calls.append(
             Call(
                 set=self.set,
                 run=self.run,
-                step=self.steps.setdefault(timestep, len(self.steps)),
+                step=step,
                 timestep=timestep,
                 images=images,
                 tensors={path: self._keep(v) for path, v in flat.items() if isinstance(v, Tensor)},
@@ -209,4 +270,5 @@ class _Recorder:
 
     def result(self) -> Recording:
         """The finished recording."""
-        return Recording(type(self.denoiser).__name__, tuple(self.calls), self.tensors, self.sampler_calls)
+        features = self.middle.features() if self.middle is not None else None
+        return Recording(type(self.denoiser).__name__, tuple(self.calls), self.tensors, self.sampler_calls, features)

@@ -22,6 +22,9 @@ from .pictures import picture_scores
 from .planners import Target, parse_target
 from .plots import block_curve, layer_ranking, noise_map, output_curve, predicted_curve
 from .report_tables import correction_row, in_words, layer_rows, report_cells, timestep_rows
+from .selection_plots import chosen_steps
+from .selections import TDACScores
+from .serialization import from_json
 from .summary import calibration_told, mb, size_data
 from .tables import LayerTable, LayerTimes
 from .version import __version__
@@ -77,6 +80,9 @@ def _drawings(inputs: ReportInputs) -> dict[str, Drawing]:
         found += [block_curve(profile, plan), noise_map(profile), layer_ranking(profile, plan)]
     if inputs.times:
         found.append(time_bars(table, plan, inputs.times))
+    scores = inputs.report.calibration.get("scores")
+    if scores is not None:
+        found.append(chosen_steps(from_json(TDACScores, scores, PlanError, "the report's calibration.scores")))
     return {drawing.name: drawing for drawing in found}
 
 

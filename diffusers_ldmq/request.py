@@ -23,7 +23,8 @@ SETTINGS = tuple(field.name for field in fields(Settings) if field.name not in (
 @dataclass(frozen=True, slots=True)
 class Request:
     """What from_pretrained and from_pipe were asked for. names: of the keywords that only quantizing has a use for;
-    dtype: as given, so a dict too; cache: False to keep nothing and look nothing up."""
+    dtype: as given, so a dict too; cache: False to keep nothing and look nothing up; low_memory: as `set_low_memory`,
+    None = as it is."""
 
     settings: Settings
     inputs: Sequence[Any] | None
@@ -33,6 +34,7 @@ class Request:
     steps: int | None
     progress: StageProgress | None
     cache: bool
+    low_memory: bool | None = None
 
     @classmethod
     def taken(cls, kwargs: dict[str, Any], plan: Any, target: str | None, **given: Any) -> "Request":
@@ -54,6 +56,7 @@ class Request:
             steps=steps,
             progress=kwargs.pop("progress", None),
             cache=kwargs.pop("cache", True),
+            low_memory=kwargs.pop("low_memory", None),
         )
 
     def calls(self, pipe: Any) -> list[dict[str, Any]]:

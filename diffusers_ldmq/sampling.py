@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
@@ -45,20 +46,34 @@ def sample_pictures(
 
     Raises LDMQError if the pipeline cannot be used that way, naming what it takes.
     """
+    return [picture for made in _drawn(pipe, prompts, sampling, (progress, watch), "pil") for picture in made]
+
+
+def sample_arrays(pipe: Any, prompts: Sequence[str | None], sampling: Sampling) -> np.ndarray:
+    """The same pictures before they are rounded to 8 bits: float [n, h, w, 3], 0..1, NaN where the model gave that."""
+    made = list(_drawn(pipe, prompts, sampling, (None, None), "np"))
+    return np.concatenate([np.asarray(images) for images in made])
+
+
+def _drawn(
+    pipe: Any,
+    prompts: Sequence[str | None],
+    sampling: Sampling,
+    told: tuple[Progress | None, Watch | None],
+    output_type: str,
+) -> Iterator[Any]:
+    """The images of each pipeline call."""
     accepted = inspect.signature(pipe.__call__).parameters
     options = _options(pipe, accepted, sampling)
-    pictures: list[Image.Image] = []
     starts = range(0, len(prompts), sampling.batch)
     for number, start in enumerate(starts):
         chunk = prompts[start : start + sampling.batch]
         what = {**_subject(pipe, accepted, chunk), **options}
         if sampling.negative is not None:
             what["negative_prompt"] = [sampling.negative] * len(chunk)
-        told = _Steps(number, len(starts), progress, watch)
-        with told.following(pipe, what, accepted, len(chunk)):
-            made = pipe(**what, generator=generators(sampling.seed + start, len(chunk)))
-        pictures += made.images
-    return pictures
+        with _Steps(number, len(starts), *told).following(pipe, what, accepted, len(chunk)):
+            made = pipe(**what, generator=generators(sampling.seed + start, len(chunk)), output_type=output_type)
+        yield made.images
 
 
 def _options(pipe: Any, accepted: Any, sampling: Sampling) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def summary_data(summary: Summary) -> dict[str, Any]:
         "predicted_output_sqnr_db": summary.plan.predicted_sqnr_db,
         "speedup": report.speedup,
         "corrections": [trial for trial in report.corrections if trial.kept],
+        "reconstruction": report.reconstruction,
         "int8_macs_share": report.int8_macs,
         "schemes": report.schemes,
         "backends": report.backends,
@@ -152,7 +153,7 @@ def summary_table(summary: Summary) -> Table:
     table.add_row("int8 multiply-adds", "0 %", f"{100 * report.int8_macs:.1f} %")
     table.add_row("layers", f"{sum(report.schemes.values())} Linear and Conv2d", layer_lines(report))
     table.add_row("calibration", "", calibration_told(report))
-    for row in (*companion_lines(summary.companions), *_correction_lines(report)):
+    for row in (*companion_lines(summary.companions), *_correction_lines(report), *_reconstruction_lines(report)):
         table.add_row(*row)
     return table
 
@@ -163,6 +164,15 @@ def _correction_lines(report: Report) -> list[tuple[str, str, str]]:
     kept = sum(trial.kept for trial in report.corrections)
     tried = len({trial.layer for trial in report.corrections})
     return [("corrections", "", f"{kept} kept, on the {tried} layers that cause most noise")]
+
+
+def _reconstruction_lines(report: Report) -> list[tuple[str, str, str]]:
+    if not report.reconstruction:
+        return []
+    kept = [unit for unit in report.reconstruction if unit.kept]
+    gain = sum(unit.after_db - unit.before_db for unit in kept) / max(len(kept), 1)
+    told = f"{len(kept)} of {len(report.reconstruction)} blocks better, by {gain:.1f} dB on average at their own output"
+    return [("reconstruction", "", told)]
 
 
 def mb(count: int) -> str:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -104,6 +105,12 @@ def stages() -> Iterator[Stages]:
     )
     with Progress(*columns, console=where, disable=not where.is_terminal) as bars:
         yield Stages(bars)
+
+
+def tell_memory(memory: Path) -> None:
+    """Say on stderr where a long stage keeps its finished parts, and whether it goes on with some."""
+    begun = "going on with what it holds" if memory.exists() else "repeat the command to go on after an interrupt"
+    console(stderr=True).print(f"note: finished parts are kept in {memory}; {begun}", markup=False, soft_wrap=True)
 
 
 def print_json(text: str) -> None:

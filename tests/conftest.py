@@ -75,12 +75,12 @@ def inputs_of() -> Callable[[str], list[dict[str, Any]]]:
 
 @pytest.fixture(scope="session")
 def recordings() -> Callable[[str], Recording]:
-    """kind -> its recording with every calibrating step, made once."""
+    """kind -> its recording with every calibrating step and its features, made once."""
     made: dict[str, Recording] = {}
 
     def get(kind: str) -> Recording:
         if kind not in made:
-            made[kind] = record_calls(MAKERS[kind](), INPUTS[kind], selection="uniform")
+            made[kind] = record_calls(MAKERS[kind](), INPUTS[kind], selection="tdac")
         return made[kind]
 
     return get

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from diffusers_ldmq import QuantizedLDMPipeline, cache
 from diffusers_ldmq.cache import SWITCH, cache_folder, comparable, find_entry
 from diffusers_ldmq.request import Request
+from diffusers_ldmq.selections import TDAC
 
 NAME = "sd"
 
@@ -125,7 +126,14 @@ def test_what_is_shared_does_not_tell_where_it_was_cached(float_folder: Path, ho
 
 @pytest.mark.parametrize(
     "change",
-    [{"plan": "hybrid"}, {"scheme": "w8a16"}, {"calibration": "uniform"}, {"seed": 5}, {"dtype": torch.bfloat16}]
+    [
+        {"plan": "hybrid"},
+        {"scheme": "w8a16"},
+        {"calibration": "uniform"},
+        {"calibration": TDAC(seed=1)},
+        {"seed": 5},
+        {"dtype": torch.bfloat16},
+    ]
     + [
         {"inputs": ["one", "two", "three", "four"], "steps": 2},
         {"inputs": INPUTS[NAME][::-1]},

@@ -150,6 +150,19 @@ def test_a_saved_recording_comes_back_whole(kind: str, recordings: Recordings, t
     assert loaded.calls == recording.calls
     assert (loaded.denoiser, loaded.sampler_calls) == (recording.denoiser, recording.sampler_calls)
     assert same(loaded.tensors, recording.tensors)
+    assert loaded.features is not None
+    assert recording.features is not None
+    assert torch.equal(loaded.features, recording.features)
+
+
+def test_a_recording_without_features_as_older_versions_wrote_it_is_read(
+    recordings: Recordings, tmp_path: Path
+) -> None:
+    old = replace(recordings("pixel"), features=None)
+    old.save(tmp_path)
+    loaded = Recording.load(tmp_path)
+    assert loaded.features is None
+    assert same(loaded.tensors, old.tensors)
 
 
 def test_files_that_are_no_recording_are_refused(recordings: Recordings, tmp_path: Path) -> None:

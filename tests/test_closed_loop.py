@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from diffusers_ldmq import Profile, Recording, verify
-from diffusers_ldmq.closed_loop import Job, Settings, corrections_of
+from diffusers_ldmq.closed_loop import Job
 from diffusers_ldmq.correction import DEFAULT
 from diffusers_ldmq.errors import LDMQError, PlanError
 from diffusers_ldmq.families import find_denoiser
 from diffusers_ldmq.job import Outcome, quantize_pipeline
 from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.planners import parse_target, plan_bytes, predict
+from diffusers_ldmq.settings import Settings, corrections_of
 from diffusers_ldmq.tables import LayerTimes
 
 Make = Callable[[str], Any]

@@ -22,6 +22,7 @@ from diffusers_ldmq.calibration import calibrate
 from diffusers_ldmq.calls import SampleId
 from diffusers_ldmq.corrections import CORRECTIONS
 from diffusers_ldmq.errors import CalibrationError
+from diffusers_ldmq.extractors import EXTRACTORS
 from diffusers_ldmq.families import FAMILIES, fingerprint, quantizable_layers
 from diffusers_ldmq.metrics import sqnr
 from diffusers_ldmq.observers import OBSERVERS, Observer
@@ -39,6 +40,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "planners": PLANNERS,
     "backends": BACKENDS,
     "corrections": CORRECTIONS,
+    "extractors": EXTRACTORS,
 }
 
 
@@ -180,7 +182,8 @@ def test_every_scheme_can_be_calibrated_in_every_kind_of_layer(
 ORDER = (
     ("errors", "version", "allocator", "progress", "bound"),
     ("specs", "registry", "serialization", "demo/__init__"),
-    ("affine", "metrics"),
+    ("affine", "metrics", "extractors", "picture_sets"),
+    ("scores",),
     ("tables",),
     ("artifacts", "calls", "output"),
     ("families", "selections", "observers", "planners", "backends"),
@@ -194,8 +197,10 @@ ORDER = (
     ("lora",),
     ("guards",),
     ("quantization", "corrections"),
-    ("noise", "curves"),
-    ("profiling", "planning", "verification"),
+    ("noise", "curves", "units", "stacking", "rounding"),
+    ("activations", "sensitivity", "reconstruction_memory"),
+    ("learning",),
+    ("profiling", "planning", "verification", "reconstruction"),
     ("correction",),
     ("timing", "data_free"),
     ("config",),
@@ -204,6 +209,7 @@ ORDER = (
     ("twin",),
     ("companions",),
     ("settings",),
+    ("improving",),
     ("closed_loop",),
     ("job",),
     ("hub_errors",),
@@ -211,7 +217,9 @@ ORDER = (
     ("folders",),
     ("cache",),
     ("pictures", "drawing", "sampling"),
-    ("plots", "network_plots"),
+    ("plots", "network_plots", "selection_plots"),
+    ("generation", "features"),
+    ("evaluation",),
     ("summary",),
     ("card",),
     ("card_inputs",),
@@ -222,9 +230,8 @@ ORDER = (
     ("report_inputs",),
     ("inspection",),
     ("demo",),
-    ("arguments",),
-    ("terminal",),
-    ("cli_use",),
+    ("arguments", "terminal"),
+    ("cli_use", "cli_evaluate"),
     ("cli",),
     ("__main__",),
 )

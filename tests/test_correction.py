@@ -17,6 +17,7 @@ from diffusers_ldmq.errors import CalibrationError, LDMQError, RecordingError
 from diffusers_ldmq.families import layer_table
 from diffusers_ldmq.metrics import Power
 from diffusers_ldmq.quantization import quantized_for_now
+from diffusers_ldmq.selections import TDAC
 from diffusers_ldmq.specs import LayerState
 
 DenoiserOf = Callable[[str], Any]
@@ -55,6 +56,16 @@ def member() -> Iterator[Callable[[str, Any], str]]:
     yield add
     for name in added:
         CORRECTIONS._members.pop(name)
+
+
+def test_calls_of_a_selection_without_a_name_are_given_again(denoiser_of: DenoiserOf, recordings: Recordings) -> None:
+    denoiser, recording, chosen = denoiser_of("pixel"), recordings("pixel"), TDAC(strength=5.0)
+    plan = make_plan(layer_table(denoiser), planner="uniform")
+    calibration = calibrate(denoiser, plan, recording, selection=chosen)
+    _, trials = correct(denoiser, calibration, recording, layers=PIXEL, corrections=("bias",), selection=chosen)
+    assert {trial.layer for trial in trials} == set(PIXEL)
+    with pytest.raises(LDMQError, match=r"unknown selection 'TDAC\(strength=5.0"):
+        correct(denoiser, calibration, recording, layers=PIXEL, corrections=("bias",))
 
 
 def unchanged(states: dict[str, LayerState], others: dict[str, LayerState]) -> set[str]:

@@ -16,6 +16,8 @@ from diffusers_ldmq.families import find_denoiser, layer_table
 from diffusers_ldmq.job import Outcome, Settings, quantize_pipeline
 from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.planners import parse_target
+from diffusers_ldmq.selections import TDAC, selection_name
+from diffusers_ldmq.serialization import to_json
 
 Make = Callable[[str], Any]
 Inputs = Callable[[str], list[dict[str, Any]]]
@@ -47,6 +49,16 @@ def test_the_job_is_its_stages_in_a_row(kind: str, job: Callable[..., Any]) -> N
     assert facts["selection"] == "first-step"
     assert facts["sampler_calls"] == facts["forward_calls"] == 2
     assert facts["sampler_calls"] <= facts["samples"] == 4
+
+
+def test_a_selection_may_be_an_object_whose_scores_are_kept_for_the_report(job: Callable[..., Any]) -> None:
+    chosen = TDAC(strength=5.0)
+    _, outcome = job("pixel", planner="uniform", calibration=chosen)
+    facts, features = outcome.report.calibration, outcome.recording.features
+    assert facts["selection"] == selection_name(chosen) != "tdac"
+    assert features is not None
+    assert facts["scores"] == to_json(chosen.scores(features, facts["samples"]))
+    assert sum(facts["scores"]["counts"]) == facts["samples"] == 4
 
 
 def test_hybrid_is_better_than_uniform_on_the_trained_model(

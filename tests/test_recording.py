@@ -12,10 +12,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from tiny_pipelines import INPUTS as TINY_INPUTS
+from tiny_pipelines import MAKERS as TINY_MAKERS
 
 from diffusers_ldmq import Recording, record_calls
 from diffusers_ldmq.calls import run
-from diffusers_ldmq.errors import RecordingError
+from diffusers_ldmq.errors import LDMQError, RecordingError
+from diffusers_ldmq.families import family_of
 from diffusers_ldmq.recording import generators, image_count
 
 Recordings = Callable[[str], Recording]
@@ -247,3 +250,89 @@ def test_a_denoiser_that_is_never_called_is_an_error() -> None:
 def test_arguments_that_the_pipeline_cannot_take_are_named(entry: dict[str, Any], told: str, make: Make) -> None:
     with pytest.raises(RecordingError, match=told):
         record_calls(make("bundled"), [entry] * 4)
+
+
+def test_features_are_what_went_into_the_middle_at_every_step_of_the_first_run(
+    kind: str, denoiser_of: Make, recordings: Recordings
+) -> None:
+    denoiser, recording = denoiser_of(kind), recordings(kind)
+    features, run_of_first = recording.features, recording.calls[0].run
+    seen: list[torch.Tensor] = []
+    middle = denoiser.get_submodule(family_of(denoiser).middle(denoiser))
+    middle.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    for call in recording.calls:
+        if call.run == run_of_first:
+            run(denoiser, recording.batch(call))
+    expected = torch.stack([x if x.dim() == 4 else x.transpose(1, 2)[..., None] for x in seen])
+    assert features is not None
+    assert features.dtype == torch.float32
+    assert torch.equal(features, expected)
+    assert not torch.equal(features[0], features[-1])
+
+
+def test_features_are_recorded_only_where_they_are_read_and_leave_no_hooks(make: Make, inputs_of: Inputs) -> None:
+    pipe = make("pixel")
+    for selection in ("first-step", "uniform", "normal", "tdac"):
+        recording = record_calls(pipe, inputs_of("pixel"), selection=selection)
+        assert (recording.features is not None) == (selection == "tdac")
+        assert len(recording.only("calibrate").timesteps()) == (1 if selection == "first-step" else 3)
+    assert not any(hooks(module) for module in pipe.unet.modules())
+
+
+class TwicePipeline(NestedPipeline):
+    """A sampler that calls its denoiser twice at every timestep, and without guidance at the last."""
+
+    def __call__(self, batch_size: int = 1, generator: Any = None) -> None:
+        latents = torch.cat([torch.randn((1, 4, 8, 8), generator=g) for g in generator])
+        for timestep, halves in ((900, 2), (500, 2), (100, 1)):
+            for scale in (0.5, 1.0):
+                rows = scale * latents.repeat(halves, 1, 1, 1)
+                conditions = {"text_embeds": torch.ones(len(rows), 8), "time_ids": torch.zeros(len(rows), 6)}
+                texts = torch.ones(len(rows), 3, 8)
+                self.unet(rows, timestep, encoder_hidden_states=texts, added_cond_kwargs=conditions)
+
+
+def test_a_steps_last_call_and_the_rows_of_every_step_are_its_features() -> None:
+    unet, seen = nested_unet(), []
+    recording = record_calls(TwicePipeline(unet, DDIMScheduler()), [{"batch_size": 2}] * 4, selection="tdac")
+    middle = unet.get_submodule(family_of(unet).middle(unet))
+    middle.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for call in recording.calls[:6]:
+        run(unet, recording.batch(call))
+    assert recording.features is not None
+    assert torch.equal(recording.features, torch.stack([seen[1][-2:], seen[3][-2:], seen[5]]))
+
+
+class GrowingPipeline(NestedPipeline):
+    """A sampler whose latents grow, as those of multi-stage models do."""
+
+    def __call__(self, batch_size: int = 1, generator: Any = None) -> None:
+        conditions = {"text_embeds": torch.ones(1, 8), "time_ids": torch.zeros(1, 6)}
+        for timestep, size in ((900, 8), (100, 16)):
+            latents = torch.ones(1, 4, size, size)
+            self.unet(latents, timestep, encoder_hidden_states=torch.ones(1, 3, 8), added_cond_kwargs=conditions)
+
+
+def test_steps_that_cannot_be_compared_are_refused_where_features_are_asked_for() -> None:
+    pipe = GrowingPipeline(nested_unet(), DDIMScheduler())
+    assert record_calls(pipe, [{}], selection="uniform").features is None
+    with pytest.raises(RecordingError, match=r"mid_block\S+ changes its shape between steps.*'uniform'"):
+        record_calls(pipe, [{}], selection="tdac")
+
+
+def test_an_unknown_selection_is_refused_before_anything_runs(make: Make) -> None:
+    with pytest.raises(LDMQError, match="unknown selection 'all'; known: first-step, normal, tdac, uniform"):
+        record_calls(make("pixel"), [{"batch_size": "no number"}], selection="all")
+
+
+@pytest.mark.parametrize("name", sorted(TINY_INPUTS))
+def test_every_kind_of_pipeline_has_features(name: str) -> None:
+    recording = record_calls(TINY_MAKERS[name](), TINY_INPUTS[name][:1], selection="tdac")
+    calibrating = recording.only("calibrate")
+    steps = {call.step for call in calibrating.calls if call.run == calibrating.calls[0].run}
+    assert recording.features is not None
+    assert recording.features.ndim == 5
+    assert len(recording.features) == len(steps)
+    assert recording.features.shape[1] == recording.tensors[calibrating.calls[0].output].shape[0]

@@ -53,7 +53,7 @@ def report_of(profile: Profile, noise: float = 1.0) -> Report:
     schemes = make_plan(profile).counts()
     backends = {"w8a8 on cpu": 9}
     return Report(
-        (900.0, 1.0), (1000.0,) * 2, (noise, 10 * noise), "float32", schemes, backends, 0.8, 30, 100, facts, (), 1.1
+        (900.0, 1.0), (1000.0,) * 2, (noise, 10 * noise), "float32", schemes, backends, 0.8, 30, 100, facts, speedup=1.1
     )
 
 
@@ -254,3 +254,20 @@ def test_pictures_that_do_not_pair_are_refused(profiles: Callable[[str], Profile
     with pytest.raises(LDMQError, match="1 pictures for 2 captions"):
         write_report(tmp_path / "r.html", replace(inputs, pictures=pair, captions=("a", "b")))
     assert not list(tmp_path.iterdir())
+
+
+def test_steps_chosen_by_scores_are_drawn_and_damaged_scores_are_named(
+    profiles: Callable[[str], Profile], tmp_path: Path
+) -> None:
+    given = bare_inputs(profiles("pixel"))
+    scores = {"density": [0.0, 1.0], "variety": [1.0, 0.0], "counts": [3, 1], "radius": 0.5}
+    shown = replace(given, report=replace(given.report, calibration={**given.report.calibration, "scores": scores}))
+    write_report(tmp_path / "a.html", shown, pngs=True)
+    assert "each step gets" in (tmp_path / "a.html").read_text()
+    assert Image.open(tmp_path / "a-chosen-steps.png").width > 1000
+    write_report(tmp_path / "b.html", given, pngs=True)
+    assert not (tmp_path / "b-chosen-steps.png").exists()
+    for damaged in ({**scores, "counts": [3]}, {**scores, "counts": "many"}, {"density": [1.0]}, 5):
+        facts = {**given.report.calibration, "scores": damaged}
+        with pytest.raises(LDMQError, match="scores"):
+            write_report(tmp_path / "c.html", replace(given, report=replace(given.report, calibration=facts)))

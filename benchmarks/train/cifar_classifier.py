@@ -14,13 +14,15 @@ from typing import Annotated, Any
 import torch
 import typer
 from captioned_images import CaptionedImages, TrainingError
-from cifar_network import CONFIG, Architecture, CifarClassifier, load_classifier, save_classifier
 from cifar_training import MODELS, PIXELS, parameter_count, train_to_model
 from class_images import class_names, labels_of, load_class_images
 from torch import Tensor, nn
 from training_command import SETTINGS_HELP, errors_in_one_line, parse_settings
 from training_loop import Settings, log
 from training_tasks import chosen_device, fast_autocast
+
+from diffusers_ldmq.extractors.classifier import Architecture, PictureClassifier, load_classifier, save_classifier
+from diffusers_ldmq.extractors.contract import CONFIG
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 STEPS, BATCH, RATE = 2000, 256, 4e-3  # where the command line names none
@@ -41,12 +43,12 @@ class ClassifierTask:
         self.trained: Any = network.to(self.device, memory_format=torch.channels_last)
         self.autocast = fast_autocast(self.device)
 
-    def _start(self, model: Path, settings: Settings) -> CifarClassifier:
+    def _start(self, model: Path, settings: Settings) -> PictureClassifier:
         if (model / CONFIG).is_file():
             log.info("starting from the model in %s", model)
             return load_classifier(model)
         width = settings.width
-        network = CifarClassifier(Architecture((width, 3 * width, 4 * width), len(class_names(self.data))))
+        network = PictureClassifier(Architecture((width, 3 * width, 4 * width), len(class_names(self.data))))
         network.set_whitening(self.data.images(slice(None, None, max(1, self.count // WHITENED))))
         return network
 
@@ -74,7 +76,7 @@ def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(network: CifarClassifier, data: CaptionedImages) -> float:
+def accuracy(network: PictureClassifier, data: CaptionedImages) -> float:
     """The share of pictures whose class the network names."""
     labels, right = labels_of(data), 0
     for start in range(0, len(labels), TEST_BATCH):

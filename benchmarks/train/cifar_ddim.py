@@ -27,7 +27,7 @@ from training_loop import Settings, log
 from training_tasks import chosen_device, fast_autocast
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-STEPS, BATCH, RATE = 20_000, 64, 8e-4  # where the command line names none
+STEPS, BATCH, RATE = 40_000, 32, 8e-4  # where the command line names none
 RECIPE = ["schedule=constant", "ema=0.999"]  # settings whose defaults differ from the other scripts'
 
 
@@ -63,11 +63,11 @@ def start_unet(model: Path, width: int) -> Any:
 
 
 def new_unet(width: int) -> Any:
-    """Attention at 8x8: 4.3 M parameters and 0.76 GFLOP per picture and step at width 64."""
+    """Attention at 8x8: 4.35 M parameters and 0.50 GFLOP per picture and step at width 64, most of it at 32x32."""
     return UNet2DModel(
         sample_size=PIXELS,
         layers_per_block=1,
-        block_out_channels=(width // 2, width, 2 * width, 2 * width),
+        block_out_channels=(width // 2, width // 2, 3 * width // 2, 5 * width // 2),
         attention_head_dim=width // 2,
         norm_num_groups=8,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),

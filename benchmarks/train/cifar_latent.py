@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from captioned_images import CaptionedImages
-from cifar_latent_parts import AutoencoderOfClasses, DenoiserOfClasses, LatentWorkspace, weights_digest
+from cifar_latent_parts import AutoencoderOfClasses, DenoiserOfClasses, WorkspaceOfClasses, weights_digest
 from cifar_training import MODELS, PIXELS, train_to_model
 from class_images import class_names, load_class_images
 from training_command import SETTINGS_HELP, errors_in_one_line, parse_settings
@@ -35,11 +35,11 @@ class Stage(StrEnum):
 
 
 # Steps, batch and peak rate where the command line names none; settings whose defaults differ from other scripts'.
-DEFAULTS = {Stage.VAE: (4000, 32, 1e-3), Stage.DENOISER: (20_000, 128, 1e-3)}
+DEFAULTS = {Stage.VAE: (4000, 32, 1e-3), Stage.DENOISER: (40_000, 64, 1e-3)}
 RECIPES = {Stage.VAE: ["ema=0.995"], Stage.DENOISER: ["schedule=constant", "ema=0.999"]}
 
 
-def run_stage(stage: Stage, data: CaptionedImages, workspace: LatentWorkspace, settings: Settings) -> None:
+def run_stage(stage: Stage, data: CaptionedImages, workspace: WorkspaceOfClasses, settings: Settings) -> None:
     """Trains one stage and renews the parts and the pipeline with every checkpoint."""
     torch.manual_seed(settings.seed)
     checkpoint = workspace.out / f"{stage.value}.safetensors"
@@ -67,7 +67,7 @@ def main(
         stages = (Stage.VAE, Stage.DENOISER) if stage is Stage.ALL else (stage,)
         chosen = {each: parse_settings([*RECIPES[each], *(settings or [])], steps, 0) for each in stages}
         pictures = load_class_images(data, PIXELS)
-        workspace = LatentWorkspace(state, model, class_names(pictures))
+        workspace = WorkspaceOfClasses(state, model, class_names(pictures))
         for each in stages:
             run_stage(each, pictures, workspace, chosen[each].with_defaults(*DEFAULTS[each]))
 

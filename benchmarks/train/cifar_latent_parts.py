@@ -1,7 +1,8 @@
-"""The parts of the class-conditional latent diffusion model: what each stage learns, and where they are kept."""
+"""The parts of the latent diffusion models of CIFAR-10: what each stage learns, and where they are kept."""
 
 import copy
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from cifar_training import PIXELS, with_plain_attention
 from class_images import class_names, labels_of
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from pipeline_parts import Workspace
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from training_loop import Settings, log
 from training_tasks import AutoencoderTask, chosen_device, encode_all, fast_autocast, reconstruction_psnr
@@ -23,13 +26,11 @@ JUDGED = 1000  # pictures on which the autoencoder is judged and its scale is me
 
 
 class LatentWorkspace(Workspace):
-    """The parts trained so far, with those of the model's folder behind them."""
+    """The parts trained so far, with those of another pipeline behind them, and the folder of the finished model."""
 
-    kinds: ClassVar[dict[str, Any]] = {"vae": AutoencoderKL, "transformer": DiTTransformer2DModel}
-
-    def __init__(self, state: Path, model: Path, classes: list[str]) -> None:
-        super().__init__(state, str(model) if (model / "vae").is_dir() else "")
-        self.model, self.classes = model, classes
+    def __init__(self, state: Path, model: Path, init: str) -> None:
+        super().__init__(state, init)
+        self.model = model
 
     def keep(self, part: str, parts: Callable[[Any], dict[str, Any]], average: nn.Module) -> None:
         """Stores what `parts` makes of the averaged weights, and the pipeline if it is complete."""
@@ -41,11 +42,28 @@ class LatentWorkspace(Workspace):
         if any(self.find(part) is None for part in self.kinds):
             return None
         components: dict[str, Any] = {part: self.load(part).half() for part in self.kinds}
-        components["scheduler"] = new_scheduler(clip_sample=False)
-        pipeline: Any = DiTPipeline(**components)
-        pipeline.register_to_config(id2label={str(number): name for number, name in enumerate(self.classes)})
+        pipeline = self.new_pipeline(components | {"scheduler": new_scheduler(clip_sample=False)})
         renew_folder(self.model, pipeline.save_pretrained)
         return self.model
+
+    def new_pipeline(self, components: dict[str, Any]) -> Any:
+        """The pipeline of the parts and the scheduler."""
+        raise NotImplementedError
+
+
+class WorkspaceOfClasses(LatentWorkspace):
+    """The parts of a DiTPipeline that knows the classes by name; training starts from an earlier model."""
+
+    kinds: ClassVar[dict[str, Any]] = {"vae": AutoencoderKL, "transformer": DiTTransformer2DModel}
+
+    def __init__(self, state: Path, model: Path, classes: list[str]) -> None:
+        super().__init__(state, model, str(model) if (model / "vae").is_dir() else "")
+        self.classes = classes
+
+    def new_pipeline(self, components: dict[str, Any]) -> Any:
+        pipeline: Any = DiTPipeline(**components)
+        pipeline.register_to_config(id2label={str(number): name for number, name in enumerate(self.classes)})
+        return pipeline
 
 
 class AutoencoderOfClasses(AutoencoderTask):
@@ -63,35 +81,67 @@ class AutoencoderOfClasses(AutoencoderTask):
         return {"vae": vae}
 
 
-class DenoiserOfClasses:
-    """Predict the velocity of a picture's noisy latents from its class, which is sometimes withheld."""
+class LatentDenoiser:
+    """A denoiser, the workspace's or a new one, and the latents of all pictures for it to learn."""
+
+    part: ClassVar[str]  # its name in the pipeline
 
     def __init__(self, workspace: Workspace, data: CaptionedImages, settings: Settings) -> None:
-        self.count, self.dropout = len(data.captions), settings.dropout
-        self.device = chosen_device(settings.device)
-        self.labels = labels_of(data)
-        log.info("encoding %d pictures of %d classes", self.count, len(class_names(data)))
-        vae = workspace.load("vae").to(self.device)
-        self.latents = encode_all(vae, data) * vae.config.scaling_factor
-        found = workspace.find("transformer")
-        # Not in training mode, where each block of diffusers' DiT would withhold the class by a dice of its own.
-        transformer = (workspace.load("transformer") if found else new_transformer(settings.width)).eval()
-        self.trained: Any = with_plain_attention(transformer).to(self.device)
+        self.count, self.device = len(data.captions), chosen_device(settings.device)
+        self.latents = scaled_latents(workspace, data, self.device)
+        denoiser = workspace.load(self.part) if workspace.find(self.part) else self.new(settings.width)
+        self.trained: Any = with_plain_attention(denoiser).to(self.device)
         self.autocast = fast_autocast(self.device)
+
+    def new(self, width: int) -> Any:
+        """A denoiser with random weights."""
+        raise NotImplementedError
+
+    def velocity_loss(self, predict: Callable[[Tensor, Tensor], Tensor], rows: Tensor, dice: torch.Generator) -> Tensor:
+        """The loss of `predict(noisy, times)` on the latents of `rows`."""
+        with self.autocast:
+            return velocity_loss(predict, self.latents[rows.to(self.device)], dice)
+
+    def parts(self, average: nn.Module) -> dict[str, Any]:
+        """The averaged denoiser."""
+        return {self.part: average}
+
+
+def scaled_latents(workspace: Workspace, data: CaptionedImages, device: torch.device) -> Tensor:
+    """Latents of unit variance of all pictures, float32 [N, 4, 8, 8]; kept beside the state, for the next start."""
+    vae = workspace.load("vae").to(device)
+    file, made_of = workspace.out / "latents.safetensors", f"{data.fingerprint()}, {weights_digest(vae)}"
+    if file.exists():
+        with safe_open(file, framework="pt") as kept:
+            if (kept.metadata() or {}).get("made_of") == made_of:
+                return kept.get_tensor("latents").to(device)
+    log.info("encoding %d pictures of %d classes", len(data.captions), len(class_names(data)))
+    latents = encode_all(vae, data) * vae.config.scaling_factor
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    save_file({"latents": latents.cpu()}, partial, metadata={"made_of": made_of})
+    os.replace(partial, file)
+    return latents
+
+
+class DenoiserOfClasses(LatentDenoiser):
+    """Predict the velocity of a picture's noisy latents from its class, which is sometimes withheld."""
+
+    part = "transformer"
+
+    def __init__(self, workspace: Workspace, data: CaptionedImages, settings: Settings) -> None:
+        super().__init__(workspace, data, settings)
+        self.dropout, self.labels = settings.dropout, labels_of(data)
+        # Not in training mode, where each block of diffusers' DiT would withhold the class by a dice of its own.
+        self.trained.eval()
+
+    def new(self, width: int) -> Any:
+        return new_transformer(width)
 
     def loss(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         withheld = torch.rand(len(rows), generator=generator) < self.dropout
         labels = self.labels[rows].masked_fill(withheld, NO_CLASS).to(self.device)
-        with self.autocast:
-            return velocity_loss(
-                lambda noisy, times: self.trained(noisy, times, labels).sample,
-                self.latents[rows.to(self.device)],
-                generator,
-            )
-
-    def parts(self, average: nn.Module) -> dict[str, Any]:
-        """The averaged transformer."""
-        return {"transformer": average}
+        return self.velocity_loss(lambda noisy, times: self.trained(noisy, times, labels).sample, rows, generator)
 
 
 def new_transformer(width: int) -> Any:

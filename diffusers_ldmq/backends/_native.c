@@ -165,19 +165,58 @@ void ldmq_scale_rows(const float *acc, void *out, int kind, int64_t rows, int64_
     }
 }
 
-/* w = code * scale of its row. codes: int8 [rows, columns]; scales fp32 [rows]; out: of `kind`. */
+#define DEQUANTIZE(T, STORE)                                                                                          \
+    for (int64_t j = 0; j < columns; j++)                                                                             \
+        STORE((T *)out + i * columns + j, (float)from[j] * (group ? s[group[j]] : s[0]))
+
+/* w = code * its scale. codes: int8 [rows, columns]; scales: fp32 [rows, groups]; group: of each column, or NULL where
+ * a row has one scale; out: of `kind`. */
 void ldmq_dequantize_rows(const int8_t *codes, void *out, int kind, int64_t rows, int64_t columns, const float *scales,
-                          int threads) {
+                          int64_t groups, const int32_t *group, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * columns > WORTH_THREADS)
     for (int64_t i = 0; i < rows; i++) {
         const int8_t *from = codes + i * columns;
-        float s = scales[i];
-        if (kind) {
-            uint16_t *to = (uint16_t *)out + i * columns;
-            for (int64_t j = 0; j < columns; j++) to_bf16(to + j, (float)from[j] * s);
-        } else {
-            float *to = (float *)out + i * columns;
-            for (int64_t j = 0; j < columns; j++) to_fp32(to + j, (float)from[j] * s);
+        const float *s = scales + i * groups;
+        if (kind)
+            DEQUANTIZE(uint16_t, to_bf16);
+        else
+            DEQUANTIZE(float, to_fp32);
+    }
+}
+
+static inline int8_t nibble(const uint8_t *row, int64_t k) { return (int8_t)((row[k / 2] >> (k % 2 * 4)) & 15) - 8; }
+
+/* Packed 4-bit codes -> int8 codes -8..7, kernel positions before channels. packed: u8 [rows, ceil(K / 2)] of columns
+ * that run over [channels, positions]; out: [rows, K], columns running over [positions, channels]. */
+void ldmq_unpack_rows(const uint8_t *packed, int8_t *out, int64_t rows, int64_t channels, int64_t positions,
+                      int threads) {
+    int64_t n = channels * positions, width = (n + 1) / 2;
+#pragma omp parallel for num_threads(threads) if (rows * n > WORTH_THREADS)
+    for (int64_t i = 0; i < rows; i++) {
+        const uint8_t *from = packed + i * width;
+        int8_t *to = out + i * n;
+        if (positions == 1)
+            for (int64_t k = 0; k < n; k++) to[k] = nibble(from, k);
+        else
+            for (int64_t c = 0, k = 0; c < channels; c++)
+                for (int64_t p = 0; p < positions; p++) to[p * channels + c] = nibble(from, k++);
+    }
+}
+
+/* The same with out [K, rows]. */
+void ldmq_unpack_columns(const uint8_t *packed, int8_t *out, int64_t rows, int64_t channels, int64_t positions,
+                         int threads) {
+    int64_t n = channels * positions, width = (n + 1) / 2;
+#pragma omp parallel for num_threads(threads) if (rows * n > WORTH_THREADS)
+    for (int64_t k0 = 0; k0 < n; k0 += TILE) {
+        int8_t tile[TILE][TILE];
+        int64_t nk = n - k0 < TILE ? n - k0 : TILE;
+        for (int64_t i0 = 0; i0 < rows; i0 += TILE) {
+            int64_t ni = rows - i0 < TILE ? rows - i0 : TILE;
+            for (int64_t i = 0; i < ni; i++)
+                for (int64_t k = 0; k < nk; k++) tile[k][i] = nibble(packed + (i0 + i) * width, k0 + k);
+            for (int64_t k = 0; k < nk; k++)
+                memcpy(out + ((k0 + k) % positions * channels + (k0 + k) / positions) * rows + i0, tile[k], ni);
         }
     }
 }

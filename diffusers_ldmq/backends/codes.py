@@ -1,4 +1,4 @@
-"""Passes around integer kernels on CPU: input -> u8 codes, accumulators -> output, codes -> weight.
+"""Passes around integer kernels on CPU: input -> u8 codes, accumulators -> output, codes -> weight, 4 bit -> codes.
 
 Each exists twice, compiled (native.py) and in torch operators, and both give the same numbers. u8 codes are
 the signed codes plus 128. A NaN in the input becomes some valid code in a static scheme; in a dynamic one its
@@ -6,12 +6,13 @@ row or image gets the scale NaN, and with it the output.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..affine import per_channel, symmetric_scale, token_qparams
+from ..affine import per_channel, symmetric_scale, token_qparams, unpack_int4
 from ..specs import Geometry, LayerState
 from .native import Quantizer, native_status
 
@@ -37,8 +38,14 @@ class InputStep(Protocol):
         """accumulators * scale + bias as `dtype`. accumulators: fp32, dense; overwritten."""
         ...
 
-    def weight(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """Float weight of int8 codes [N, ...] (dense, N outermost; strides are kept) and fp32 scale [N]."""
+    def weight(self, codes: Tensor, scale: Tensor, dtype: torch.dtype, group: Tensor | None = None) -> Tensor:
+        """Float weight of int8 codes [N, K] or channels_last [N, C, kh, kw] (strides are kept) and fp32 scale [N], or
+        [N, groups] with `group`, int32 [K]: which of them each column has, columns as they lie in memory."""
+        ...
+
+    def unpacked(self, packed: Tensor, geometry: Geometry, transposed: bool = False) -> Tensor:
+        """int8 codes [N, K] (or [K, N]) of 4-bit ones as LayerState packs them: uint8 [N, ceil(K/2)]. K runs over
+        [kh, kw, C], the order of channels_last."""
         ...
 
 
@@ -46,6 +53,16 @@ def input_step(state: LayerState, geometry: Geometry) -> InputStep:
     """The compiled step if it could be built, else the one in torch operators."""
     library = native_status().library
     return TorchStep(state, geometry) if library is None else NativeStep(state, geometry, library)
+
+
+def in_channels_last(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """[N, kh*kw*C] as a channels_last view [N, C, kh, kw] of this `shape`."""
+    return rows.reshape(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+
+
+def _sizes(geometry: Geometry, transposed: bool) -> tuple[int, int]:
+    rows, columns = geometry.shape[0], geometry.columns
+    return (columns, rows) if transposed else (rows, columns)
 
 
 class TorchStep:
@@ -81,8 +98,17 @@ class TorchStep:
             out = out.add_(bias.reshape(-1, 1, 1) if self.is_conv else bias)
         return out.to(dtype)
 
-    def weight(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        return codes.to(torch.float32).mul_(per_channel(scale, codes)).to(dtype)
+    def weight(self, codes: Tensor, scale: Tensor, dtype: torch.dtype, group: Tensor | None = None) -> Tensor:
+        if group is None:
+            return codes.to(torch.float32).mul_(per_channel(scale, codes)).to(dtype)
+        factors = scale.index_select(1, group)
+        if self.is_conv:
+            factors = in_channels_last(factors, codes.shape)
+        return codes.to(torch.float32).mul_(factors).to(dtype)
+
+    def unpacked(self, packed: Tensor, geometry: Geometry, transposed: bool = False) -> Tensor:
+        codes = unpack_int4(packed, geometry.columns).reshape(*geometry.shape[:2], -1)
+        return (codes.permute(2, 1, 0) if transposed else codes.mT).reshape(_sizes(geometry, transposed))
 
     def _arranged(self, x: Tensor) -> Tensor:
         if self.is_conv:
@@ -141,14 +167,24 @@ class NativeStep:
         )  # fmt: skip
         return out.to(dtype)
 
-    def weight(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def weight(self, codes: Tensor, scale: Tensor, dtype: torch.dtype, group: Tensor | None = None) -> Tensor:
         out = torch.empty_like(codes, dtype=dtype if dtype in KINDS else torch.float32)
         rows = codes.shape[0]
         self.library.ldmq_dequantize_rows(
             codes.data_ptr(), out.data_ptr(), KINDS[out.dtype], rows, codes.numel() // rows, scale.data_ptr(),
-            torch.get_num_threads(),
+            scale.numel() // rows, None if group is None else group.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return out.to(dtype)
+
+    def unpacked(self, packed: Tensor, geometry: Geometry, transposed: bool = False) -> Tensor:
+        out = torch.empty(_sizes(geometry, transposed), dtype=torch.int8)
+        rows, channels = geometry.shape[:2]
+        unpack = self.library.ldmq_unpack_columns if transposed else self.library.ldmq_unpack_rows
+        unpack(
+            packed.contiguous().data_ptr(), out.data_ptr(), rows, channels, geometry.columns // channels,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
     def _codes(self, x: Tensor, scale: Tensor | None) -> Tensor:
         """scale: None = the static one, else fp32, one per image."""

@@ -24,8 +24,11 @@ class Backend(ABC):
         """None if this backend can run the layer on `device`; otherwise the reason in words."""
 
     @abstractmethod
-    def pack(self, state: LayerState, geometry: Geometry) -> Any:
-        """The state in the form that `run` reads. May hold the weight only in packed form."""
+    def pack(self, state: LayerState, geometry: Geometry, low_memory: bool = False) -> Any:
+        """The state in the form that `run` reads. May hold the weight only in packed form.
+
+        low_memory: hold 4-bit weights in 4 bits, however much slower that runs; the output is the same.
+        """
 
     @abstractmethod
     def unpack(self, packed: Any) -> Tensor:

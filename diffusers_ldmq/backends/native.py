@@ -136,7 +136,9 @@ def _declare(library: ctypes.CDLL) -> None:
         "ldmq_quantize_tokens": (pointer, pointer, number, pointer, count, pointer, real, number),
         "ldmq_absmax": (pointer, number, count, count, pointer, count, number),
         "ldmq_scale_rows": (pointer, pointer, number, count, count, pointer, count, pointer, number),
-        "ldmq_dequantize_rows": (pointer, pointer, number, count, count, pointer, number),
+        "ldmq_dequantize_rows": (pointer, pointer, number, count, count, pointer, count, pointer, number),
+        "ldmq_unpack_rows": (pointer, pointer, count, count, count, number),
+        "ldmq_unpack_columns": (pointer, pointer, count, count, count, number),
         "ldmq_softmax_codes": (pointer, pointer, pointer, pointer, pointer, count, count, number),
     }
     for name, types in arguments.items():

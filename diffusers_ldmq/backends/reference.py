@@ -31,7 +31,7 @@ class Reference(Backend):
     def refusal(self, state: LayerState, geometry: Geometry, device: torch.device) -> str | None:
         return None
 
-    def pack(self, state: LayerState, geometry: Geometry) -> PlainLayer:
+    def pack(self, state: LayerState, geometry: Geometry, low_memory: bool = False) -> PlainLayer:
         return PlainLayer(state, geometry)
 
     def unpack(self, packed: PlainLayer) -> Tensor:

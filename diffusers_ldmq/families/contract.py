@@ -15,7 +15,10 @@ class Family:
     place: layer name -> (sort key in execution order, block name, part); keep_float: regular expression that is
     searched in a layer's name, matches stay in floating point by default;
     skip_split: layer name -> how many of its input channels come from the layer before it, the rest from the skip
-    connection that is concatenated behind them; None where nothing is.
+    connection that is concatenated behind them; None where nothing is;
+    units: class names of the modules that are reconstructed as one (EDA-DM's and BRECQ's blocks);
+    middle: denoiser -> name of the module whose input stands for what a sampling step looks like inside (the features
+    of Recording), '' if it has none: where EDA-DM looks, the attention in the middle.
     """
 
     name: str
@@ -24,6 +27,8 @@ class Family:
     place: Callable[[str, nn.Module], tuple[tuple[int, ...], str, str]]
     keep_float: str
     skip_split: Callable[[str, nn.Module], int | None]
+    units: tuple[str, ...]
+    middle: Callable[[nn.Module], str]
 
     def matches(self, module: nn.Module) -> bool:
         """True if `module` is of this family, by class name."""

@@ -2,7 +2,7 @@
 layer. Stable Diffusion 3 (MMDiT), Flux, Chroma."""
 
 from .contract import Family
-from .transformer import place, skip_split
+from .transformer import middle, place, skip_split
 
 FAMILY = Family(
     name="dit",
@@ -13,4 +13,6 @@ FAMILY = Family(
     keep_float=r"^(\w+_in|\w+_embedder|distilled_guidance_layer|final_layer|\w*modulation\w*)(\.|$)"
     r"|\.(\w+_mod|modulation|adaLN_modulation)\.",
     skip_split=skip_split,
+    units=("JointBlock", "DoubleStreamBlock", "SingleStreamBlock"),
+    middle=middle,
 )

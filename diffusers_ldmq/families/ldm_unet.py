@@ -31,6 +31,14 @@ def skip_split(name: str, denoiser: nn.Module) -> int | None:
     return None if before is None else int(before.out_channels)  # pyright: ignore[reportArgumentType]
 
 
+def middle(denoiser: nn.Module) -> str:
+    """The middle block's second part, its attention; the first, a resnet, where that is all; without a middle block,
+    the first block on the way up."""
+    modules = dict(denoiser.named_modules())
+    choices = ("middle_block.1", "middle_block.0", "output_blocks.0.0")
+    return next((name for name in choices if name in modules), "")
+
+
 def _resnet_before(i: int, denoiser: nn.Module) -> nn.Module | None:
     """The resnet that ran last before output_blocks.i; transformers and samplers keep its number of channels."""
     inputs = list(denoiser.get_submodule("input_blocks").children())
@@ -50,4 +58,6 @@ FAMILY = Family(
     # convolution see the latent itself
     keep_float=r"^(time_embed|label_emb|input_blocks\.0\.0$|out\.)|\.emb_layers\.",
     skip_split=skip_split,
+    units=("ResBlock", "BasicTransformerBlock"),
+    middle=middle,
 )

@@ -33,6 +33,15 @@ def skip_split(name: str, denoiser: nn.Module) -> int | None:
     return None
 
 
+def middle(denoiser: nn.Module) -> str:
+    """The block in the middle of the first list of blocks; where a second list follows (Flux), pictures and text still
+    run apart in the first."""
+    for name, blocks in denoiser.named_children():
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            return f"{name}.{len(blocks) // 2}"
+    return ""
+
+
 FAMILY = Family(
     name="transformer",
     components=("transformer", "prior"),
@@ -51,4 +60,16 @@ FAMILY = Family(
     keep_float=r"^(time|pos_embed|patch_embed|x_embedder|context_embedder|caption_projection|adaln|norm_out"
     r"|proj_out|proj_in)|\.norm\w*\.(linear|emb\.)",
     skip_split=skip_split,
+    units=(
+        "BasicTransformerBlock",
+        "JointTransformerBlock",
+        "SD3SingleTransformerBlock",
+        "FluxTransformerBlock",
+        "FluxSingleTransformerBlock",
+        "SanaTransformerBlock",
+        "HunyuanDiTBlock",
+        "AuraFlowJointTransformerBlock",
+        "AuraFlowSingleTransformerBlock",
+    ),
+    middle=middle,
 )

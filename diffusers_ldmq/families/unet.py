@@ -39,6 +39,14 @@ def skip_split(name: str, denoiser: nn.Module) -> int | None:
     return channels if channels is not None and channels < int(conv.in_channels) else None  # pyright: ignore
 
 
+def middle(denoiser: nn.Module) -> str:
+    """The middle block's first attention, or its first resnet where it has none; without a middle block, the first
+    resnet on the way up."""
+    modules = dict(denoiser.named_modules())
+    choices = ("mid_block.attentions.0", "mid_block.resnets.0", "up_blocks.0.resnets.0")
+    return next((name for name in choices if name in modules), "")
+
+
 def _resnet_before(i: int, j: int, denoiser: nn.Module) -> nn.Module | None:
     """The resnet that ran last before up_blocks.i.resnets.j; attention and upsampling keep its number of channels."""
     if j > 0:
@@ -62,4 +70,6 @@ FAMILY = Family(
     keep_float=r"^(time_embedding|class_embedding|add_embedding|encoder_hid_proj|conv_in$|conv_out$)"
     r"|\.time_emb_proj$",
     skip_split=skip_split,
+    units=("ResnetBlock2D", "BasicTransformerBlock", "Attention"),
+    middle=middle,
 )

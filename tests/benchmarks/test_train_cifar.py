@@ -1,6 +1,7 @@
 """The CIFAR-10 training scripts through their command lines: models that load, interruption, resumption, refusals."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,12 +15,14 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from diffusers_ldmq.demo import demo_model
+from diffusers_ldmq.extractors.classifier import load_classifier
+
 CLASSIFIER = Path(__file__).parents[2] / "benchmarks" / "models" / "cifar-classifier"
 TINY = ("width=16", "batch=2", "warmup=2", "checkpoint_every=2", "device=cpu")
 CLASSES = ("cat", "dog")
 STEPS = 5  # the fifth begins the second epoch of eight pictures
-STATES = {"cifar_classifier": "classifier", "cifar_ddim": "ddim", "cifar_latent": "denoiser"}
-SCRIPTS = tuple(STATES)
+SCRIPTS = ("cifar_classifier", "cifar_ddim", "cifar_latent", "cifar_unconditional")
 Script = Callable[[str], ModuleType]
 
 
@@ -72,8 +75,9 @@ def resumed(
 
 def train(script: ModuleType, data: Path, out: Path, *changes: str, steps: int = STEPS) -> Any:
     """Runs a script: its state goes to out/state, its model to out/model."""
-    arguments = {"cifar_classifier": [data, data], "cifar_ddim": [data], "cifar_latent": ["all", data]}[script.__name__]
-    options = [part for change in (*TINY, *changes) for part in ("--set", change)]
+    arguments = {"cifar_classifier": [data, data], "cifar_latent": ["all", data]}.get(script.__name__, [data])
+    init = [f"init={demo_model()}"] if script.__name__ == "cifar_unconditional" else []  # its autoencoder
+    options = [part for change in (*TINY, *init, *changes) for part in ("--set", change)]
     folders = ["--state", out / "state", "--model", out / "model", "--steps", steps]
     return CliRunner().invoke(script.app, [str(part) for part in (*arguments, *folders, *options)])
 
@@ -92,6 +96,51 @@ def test_the_ddim_pipeline_draws(trained: Callable[[str], Path]) -> None:
     assert np.isfinite(drawn).all()
 
 
+def test_the_unconditional_pipeline_draws(trained: Callable[[str], Path]) -> None:
+    pipeline = loaded(trained("cifar_unconditional") / "model")
+    drawn = pipeline(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert type(pipeline).__name__ == "LDMPipeline"
+    assert drawn.shape == (2, 32, 32, 3)
+    assert np.isfinite(drawn).all()
+
+
+def test_the_unconditional_model_takes_the_autoencoder_of_the_state_before_that_of_init(
+    training_script: Script, sorted_pictures: Path, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    parts = tmp_path / "state" / "parts"
+    shutil.copytree(trained("cifar_latent") / "state" / "parts" / "vae", parts / "vae")
+    result = train(training_script("cifar_unconditional"), sorted_pictures, tmp_path, steps=1)
+    assert result.exit_code == 0, result.output
+    weights = "diffusion_pytorch_model.safetensors"
+    used, given = load_file(tmp_path / "model" / "vqvae" / weights), load_file(parts / "vae" / weights)
+    assert all(torch.equal(used[name], given[name].half()) for name in given)
+
+
+def test_latents_are_kept_and_made_anew_for_another_autoencoder(
+    training_script: Script, sorted_pictures: Path, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    script, kept = training_script("cifar_unconditional"), tmp_path / "state" / "latents.safetensors"
+    assert train(script, sorted_pictures, tmp_path, steps=1).exit_code == 0
+    first = kept.stat().st_ino
+    assert train(script, sorted_pictures, tmp_path, steps=2).exit_code == 0
+    assert kept.stat().st_ino == first  # a file that was written again is another file
+    (tmp_path / "state" / "unconditional.safetensors").unlink()
+    shutil.copytree(trained("cifar_latent") / "state" / "parts" / "vae", tmp_path / "state" / "parts" / "vae")
+    old = load_file(kept)["latents"]
+    assert train(script, sorted_pictures, tmp_path, steps=1).exit_code == 0
+    assert not torch.equal(load_file(kept)["latents"], old)
+
+
+def test_without_an_autoencoder_the_unconditional_model_is_refused(
+    training_script: Script, sorted_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = training_script("cifar_unconditional")
+    monkeypatch.setattr(script, "AUTOENCODER", tmp_path / "absent")
+    result = train(script, sorted_pictures, tmp_path, "init=")
+    assert result.exit_code == 2
+    assert "no vae in" in result.output
+
+
 def test_the_class_conditional_pipeline_draws_by_name(trained: Callable[[str], Path]) -> None:
     pipeline = loaded(trained("cifar_latent") / "model")
     labels = pipeline.get_label_ids(["dog", "cat"])
@@ -104,7 +153,7 @@ def test_the_class_conditional_pipeline_draws_by_name(trained: Callable[[str], P
 
 def test_the_classifier_is_described_and_has_features(training_script: Script, trained: Callable[[str], Path]) -> None:
     model = trained("cifar_classifier") / "model"
-    network = training_script("cifar_network").load_classifier(model)
+    network = load_classifier(model)
     config = json.loads((model / "config.json").read_text())
     pooled, spatial = network.features(torch.zeros(3, 3, 32, 32))
     assert config["class_names"] == list(CLASSES)
@@ -132,7 +181,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert same_weights(trained(name), resumed(name, 3))
 
 
-@pytest.mark.parametrize("name", ["cifar_ddim", "cifar_latent"])
+@pytest.mark.parametrize("name", ["cifar_ddim", "cifar_latent", "cifar_unconditional"])
 def test_a_constant_rate_lets_a_finished_run_go_on(
     name: str,
     training_script: Script,
@@ -232,7 +281,7 @@ def test_moved_pictures_stay_pictures(training_script: Script) -> None:
 
 
 def test_the_committed_classifier_has_features(training_script: Script) -> None:
-    network = training_script("cifar_network").load_classifier(CLASSIFIER)
+    network = load_classifier(CLASSIFIER)
     config = json.loads((CLASSIFIER / "config.json").read_text())
     pooled, spatial = network.features(torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1)
     assert config["test_accuracy"] >= 0.88

@@ -73,3 +73,17 @@ def test_the_skip_split_is_where_comfyuis_denoisers_concatenate(
     told = {name: family.skip_split(name, denoiser) for name in source_layers(model)}
     assert {name: split for name, split in told.items() if split is not None} == real
     assert bool(real) == (FAMILY[kind] == "ldm_unet")
+
+
+MIDDLE = {"sd15": "middle_block.1", "sdxl": "middle_block.1", "sd3": "joint_blocks.2", "flux": "double_blocks.1"}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_middle_is_a_block_that_runs(kind: str, comfy: ModuleType) -> None:
+    model, seen = tiny_model(kind), []
+    denoiser = model.model.diffusion_model
+    assert family_of(denoiser).middle(denoiser) == MIDDLE[kind]
+    handle = denoiser.get_submodule(MIDDLE[kind]).register_forward_hook(lambda *_: seen.append(kind))
+    sample(model, kind, steps=1)
+    handle.remove()
+    assert seen

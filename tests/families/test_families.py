@@ -280,3 +280,35 @@ def test_time_path_and_ends_of_comfyuis_denoisers_stay_float_by_default(
 
 def test_families_of_comfyui_are_looked_for_in_no_pipeline() -> None:
     assert {name for name, family in FAMILIES.items() if not family.components} == {"dit", "ldm_unet"}
+
+
+def test_the_middle_is_an_attention_else_a_resnet_else_the_way_up(denoiser_of: Make) -> None:
+    names = {kind: family_of(denoiser_of(kind)).middle(denoiser_of(kind)) for kind in ("bundled", "dit")}
+    assert names == {"bundled": "mid_block.attentions.0", "dit": "transformer_blocks.1"}
+    shape: Any = {"sample_size": 8, "block_out_channels": (16,), "norm_num_groups": 8, "layers_per_block": 1,
+                  "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}  # fmt: skip
+    for options, expected in (
+        ({}, "mid_block.attentions.0"),
+        ({"add_attention": False}, "mid_block.resnets.0"),
+        ({"mid_block_type": None}, "up_blocks.0.resnets.0"),
+    ):
+        given: Any = options
+        unet = UNet2DModel(**shape, **given)
+        assert family_of(unet).middle(unet) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "expected"),
+    [
+        ("ldm_unet", {"middle_block": nn.ModuleList([nn.Identity()] * 3)}, "middle_block.1"),
+        ("ldm_unet", {"middle_block": nn.ModuleList([nn.Identity()])}, "middle_block.0"),
+        ("dit", {"double_blocks": nn.ModuleList([nn.Identity() for _ in range(5)])}, "double_blocks.2"),
+        ("transformer", {"none": nn.ModuleList()}, ""),
+        ("unet", {}, ""),
+    ],
+)
+def test_the_middle_of_other_layouts(family: str, modules: dict[str, nn.Module], expected: str) -> None:
+    denoiser = nn.Module()
+    for name, module in modules.items():
+        denoiser.add_module(name, module)
+    assert FAMILIES[family].middle(denoiser) == expected

@@ -1,0 +1,35 @@
+"""Corrections and reconstruction as a job asks for them, also where a target has plans raised."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusers_ldmq import reconstruction
+from diffusers_ldmq.improving import improves
+from diffusers_ldmq.job import quantize_pipeline
+from diffusers_ldmq.learning import LearningSettings
+from diffusers_ldmq.settings import Settings
+
+
+def test_what_improves_a_calibration() -> None:
+    assert not improves(Settings())
+    assert improves(Settings(corrections="bias"))
+    assert improves(Settings(reconstruction="full"))
+
+
+def test_plans_that_a_target_has_raised_are_each_reconstructed(
+    make: Callable[[str], Any],
+    inputs_of: Callable[[str], list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    brief = replace(reconstruction.QUICK, learning=LearningSettings(iterations=2, batch=4), samples=4)
+    monkeypatch.setitem(reconstruction.PRESETS, "quick", brief)
+    asked = Settings(planner="uniform", scheme="w4a8", reconstruction="quick", target="sqnr>=20dB", corrections="bias")
+    outcome = quantize_pipeline(make("pixel"), inputs_of("pixel"), asked, memory=tmp_path)
+    assert outcome.report.sqnr_db >= 20
+    assert outcome.report.reconstruction
+    assert len(list(tmp_path.iterdir())) > 1  # each plan has a folder of its own
