@@ -5,8 +5,9 @@
 
 'quality': the bundled model, float and under the hybrid W8A8 plan, on the calls that verify. Beside the package's own
 way stand others, simulated: coarser scales, softmax weights on one scale for all rows, rows divided by the sum of the
-unrounded weights, keys less their mean. 'speed': the product alone at the sizes of SD 1.5 and the bundled model, and a
-step of SD 1.5's architecture with random weights; processor time, which other load on the machine changes least.
+codes, values as they are, keys less their mean. 'speed': the product alone at the sizes of SD 1.5 and of the bundled
+model, and a step of SD 1.5's architecture with random weights; processor time, which other load on the machine changes
+least.
 """
 
 import time
@@ -42,6 +43,7 @@ SHAPES = {  # [rows, heads, queries, channels] and keys
     "bundled, 16x16, self": ((2, 4, 256, 32), 256),
 }
 ROUNDS = 5
+KEYS = 256  # fewest keys of attention on integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,27 +52,29 @@ class Simulated:
 
     scales: of queries, keys and values: 'token' (values: channel), 'head' or 'tensor'; of_row: softmax weights are
     codes of their row's largest instead of 1; code_sum: rows are divided by the sum of their codes instead of their
-    weights; centred: keys less their mean over the tokens, which changes no softmax.
+    weights; keys_centred: keys less their mean over the tokens, which changes no softmax; values_centred: values less
+    their mean, which is added again.
     """
 
     scales: str = "token"
     of_row: bool = True
-    code_sum: bool = True
-    centred: bool = False
+    code_sum: bool = False
+    keys_centred: bool = False
+    values_centred: bool = True
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
         """Attention without a mask."""
-        key = key - key.mean(-2, keepdim=True) if self.centred else key
+        key = key - key.mean(-2, keepdim=True) if self.keys_centred else key
         axes = {"token": (-1,), "head": (-1, -2), "tensor": (0, 1, 2, 3)}[self.scales]
         q, k = rounded(query, axes), rounded(key, axes)
-        v = rounded(value, (-2,) if self.scales == "token" else axes)
+        centre = value.mean(-2, keepdim=True) * self.values_centred
+        v = rounded(value - centre, (-2,) if self.scales == "token" else axes)
         scores = q @ k.mT * (options.get("scale") or query.shape[-1] ** -0.5)
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         weights = weights if self.of_row else weights / weights.sum(-1, keepdim=True)
         codes = (weights * STEPS).round()
-        if not self.of_row:
-            return codes @ v / STEPS
-        return codes @ v / (codes if self.code_sum else weights * STEPS).sum(-1, keepdim=True)
+        whole = (codes if self.code_sum else weights * STEPS).sum(-1, keepdim=True)
+        return codes @ v / whole + centre
 
 
 WAYS: dict[str, Callable[..., Tensor] | None] = {
@@ -79,11 +83,12 @@ WAYS: dict[str, Callable[..., Tensor] | None] = {
     "simulated": Simulated(),
     "per head": Simulated("head"),
     "per tensor": Simulated("tensor"),
-    "keys less their mean": Simulated(centred=True),
-    "per tensor, keys less their mean": Simulated("tensor", centred=True),
-    "divided by the weights' sum": Simulated(code_sum=False),
-    "softmax of scale 1/255": Simulated(of_row=False),
-    "per tensor, softmax of scale 1/255": Simulated("tensor", of_row=False),
+    "keys less their mean": Simulated(keys_centred=True),
+    "per tensor, keys less their mean": Simulated("tensor", keys_centred=True),
+    "values as they are": Simulated(values_centred=False),
+    "values as they are, divided by the codes' sum": Simulated(code_sum=True, values_centred=False),
+    "softmax of scale 1/255": Simulated(of_row=False, values_centred=False),
+    "per tensor, softmax of scale 1/255": Simulated("tensor", of_row=False, values_centred=False),
 }
 FEW = ("float", "integers (the package)", "per tensor, softmax of scale 1/255")
 """Ways to measure beside quantized layers, too."""
@@ -104,7 +109,7 @@ def measured_ways(denoiser: nn.Module, recording: Any, ways: Iterable[str] = WAY
         if product is not None:
             replace_product(denoiser, product)
         found[name] = verify(denoiser, recording).sqnr_db
-    quantize_attention(denoiser)
+    quantize_attention(denoiser, fewest_keys=KEYS)
     found["integers, 256 keys and more"] = verify(denoiser, recording).sqnr_db
     restore_attention(denoiser)
     return found
@@ -173,7 +178,7 @@ def step_times() -> dict[str, float]:
             return step(restore_attention(of), given)  # pyright: ignore[reportArgumentType]
 
         def on_integers(of: Any = made_model, given: Any = inputs) -> Tensor:
-            return step(quantize_attention(of), given)  # pyright: ignore[reportArgumentType]
+            return step(quantize_attention(of, fewest_keys=KEYS), given)  # pyright: ignore[reportArgumentType]
 
         calls |= {name: plain, f"{name}, attention on integers": on_integers}
     found = processor_ms(calls, rounds=2)

@@ -17,8 +17,8 @@ from .errors import LDMQError
 from .integer_attention import integer_attention
 
 FLOAT_PRODUCT = nn.functional.scaled_dot_product_attention
-FEWEST_KEYS = 256
-"""Below so many keys integers cost more time than they save."""
+FEWEST_KEYS = 512
+"""Below so many keys integers cost about as much time as they save, or more."""
 
 
 @dataclass(frozen=True, slots=True)

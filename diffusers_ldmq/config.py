@@ -127,7 +127,7 @@ def _attention(given: Any) -> dict[str, int] | None:
         return None
     keys = given.get("fewest_keys") if isinstance(given, dict) and len(given) == 1 else None
     if not isinstance(keys, int) or isinstance(keys, bool) or keys < 1:
-        raise CheckpointError(f"quantization_config: attention is {given!r}, expected {{'fewest_keys': 256}} or so")
+        raise CheckpointError(f"quantization_config: attention is {given!r}, expected {{'fewest_keys': 512}} or so")
     return {"fewest_keys": keys}
 
 

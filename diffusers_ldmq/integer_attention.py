@@ -2,7 +2,9 @@
 
 Queries and keys have a scale per token, values one per channel of a head, all found in each call. Softmax weights are
 unsigned codes 0..255 of their row's largest: a row over thousands of keys, whose weights are all far below 1/255, keeps
-them. Rows are divided by the sum of their codes, so that rounded weights still add up to one.
+them. Values are quantized less their mean over the keys, which softmax weights cannot change and which is added again;
+rows are divided by the sum of their weights before rounding. So the small weights that round to zero are missed neither
+by what values have in common nor by the scale of the rest.
 """
 
 import ctypes
@@ -40,7 +42,8 @@ def integer_attention(
     """
     base_two = math.log2(math.e) * (query.shape[-1] ** -0.5 if scale is None else scale)
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v = (_codes(x, dim) for x, dim in ((query, -1), (key, -1), (value, -2)))
+        centre = value.float().mean(-2, keepdim=True)
+        q, k, v = (_codes(x, dim) for x, dim in ((query, -1), (key, -1), (value - centre, -2)))
         q = Codes(q.codes, q.scale * base_two)
         library = native_status().library
         if library is None or mask is not None or query.device.type != "cpu":
@@ -48,7 +51,7 @@ def integer_attention(
             out = _in_torch(q, k, v, seen)
         else:
             out = _in_c(q, k, v, library)
-    return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)
+    return out.reshape(*query.shape[:-1], value.shape[-1]).add_(centre).to(query.dtype)
 
 
 def _codes(x: Tensor, dim: int) -> Codes:
@@ -75,8 +78,9 @@ def _in_torch(q: Codes, k: Codes, v: Codes, mask: Tensor | None) -> Tensor:
         block = slice(start, start + rows)
         scores = (q.codes[:, block].float() @ keys).mul_(q.scale[:, block]).mul_(k.scale.mT)
         scores = scores if mask is None else scores.add_(mask[:, block])
-        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp2_().mul_(STEPS).round_()
-        out.append((weights @ values).mul_(v.scale / weights.sum(-1, keepdim=True)))
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp2_().mul_(STEPS)
+        whole = weights.sum(-1, keepdim=True)
+        out.append((weights.round_() @ values).mul_(v.scale / whole))
     return torch.cat(out, dim=1)
 
 

@@ -232,17 +232,17 @@ static inline float power_of_two(float x) {
 }
 
 /* Softmax of integer scores as codes 0..255 of each row's largest weight. scores: int32 [rows, columns], overwritten;
- * the score is scores * row[i] * column[j], to base 2; codes: int8, less 128; sums: of each row's codes, NaN where a
- * factor is. */
+ * the score is scores * row[i] * column[j], to base 2; codes: int8, less 128; sums: of each row's weights before
+ * rounding, on the codes' scale, NaN where a factor is. */
 void ldmq_softmax_codes(int32_t *scores, const float *row, const float *column, int8_t *codes, float *sums,
                         int64_t rows, int64_t columns, int threads) {
     float poison = 0.0f;
     for (int64_t j = 0; j < columns; j++) poison += column[j] * 0.0f;
 #pragma omp parallel for num_threads(threads) if (rows * columns > WORTH_THREADS)
     for (int64_t i = 0; i < rows; i++) {
-        int32_t *s = scores + i * columns, total = 0;
+        int32_t *s = scores + i * columns;
         int8_t *out = codes + i * columns;
-        float most = -INFINITY, factor = row[i];
+        float most = -INFINITY, total = 0.0f, factor = row[i];
 #pragma omp simd reduction(max : most)
         for (int64_t j = 0; j < columns; j++) {
             float v = (float)s[j] * column[j];
@@ -253,10 +253,10 @@ void ldmq_softmax_codes(int32_t *scores, const float *row, const float *column, 
         for (int64_t j = 0; j < columns; j++) {
             float v;
             memcpy(&v, s + j, 4);
-            int32_t c = (int32_t)rintf(power_of_two((v - most) * factor) * 255.0f);
-            total += c;
-            out[j] = (int8_t)(c - 128);
+            float weight = power_of_two((v - most) * factor) * 255.0f;
+            total += weight;
+            out[j] = (int8_t)((int32_t)rintf(weight) - 128);
         }
-        sums[i] = (float)total + factor * 0.0f + poison;
+        sums[i] = total + factor * 0.0f + poison;
     }
 }
