@@ -300,7 +300,7 @@ def test_the_middle_is_an_attention_else_a_resnet_else_the_way_up(denoiser_of: M
 @pytest.mark.parametrize(
     ("family", "modules", "expected"),
     [
-        ("ldm_unet", {"middle_block": nn.ModuleList([nn.Identity()] * 3)}, "middle_block.1"),
+        ("ldm_unet", {"middle_block": nn.ModuleList([nn.Identity() for _ in range(3)])}, "middle_block.1"),
         ("ldm_unet", {"middle_block": nn.ModuleList([nn.Identity()])}, "middle_block.0"),
         ("dit", {"double_blocks": nn.ModuleList([nn.Identity() for _ in range(5)])}, "double_blocks.2"),
         ("transformer", {"none": nn.ModuleList()}, ""),
