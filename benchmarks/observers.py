@@ -28,7 +28,7 @@ def main(json_out: Annotated[Path | None, typer.Option("--json", help="also writ
     pipe: Any = DiffusionPipeline.from_pretrained(demo_model(), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     inputs = [{**entry, "guidance_scale": 5.0} for entry in default_inputs(pipe, demo_captions(), steps=20)]
-    recording = record_calls(pipe, inputs, selection="uniform")
+    recording = record_calls(pipe, inputs, selection="tdac")  # every step, and what TDAC looks at
     denoiser = find_denoiser(pipe)[1]
     table = layer_table(denoiser)
     kept = tuple(info.name for info in table.layers if info.keep_float)

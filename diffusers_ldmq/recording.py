@@ -48,8 +48,8 @@ def record_calls(
         raise RecordingError("no inputs to record; pass at least one dict of the pipeline's __call__ arguments")
     refuse_compiled(pipe)
     _, denoiser = find_denoiser(pipe)
-    jobs = _deal(list(inputs), seed)
     chosen = find_selection(selection)
+    jobs = _deal(list(inputs), seed)
     recorder = _Recorder(denoiser, _Middle(denoiser) if getattr(chosen, "needs_features", False) else None)
     for number, (name, kwargs) in enumerate(jobs):
         if name == "calibrate" and "strength" in inspect.signature(pipe.__call__).parameters:

@@ -287,20 +287,20 @@ def test_the_middle_is_an_attention_else_a_resnet_else_the_way_up(denoiser_of: M
     assert names == {"bundled": "mid_block.attentions.0", "dit": "transformer_blocks.1"}
     shape: Any = {"sample_size": 8, "block_out_channels": (16,), "norm_num_groups": 8, "layers_per_block": 1,
                   "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}  # fmt: skip
-    for options, expected in (
-        ({}, "mid_block.attentions.0"),
-        ({"add_attention": False}, "mid_block.resnets.0"),
-        ({"mid_block_type": None}, "up_blocks.0.resnets.0"),
-    ):
-        given: Any = options
-        unet = UNet2DModel(**shape, **given)
+    others: dict[str, Any] = {
+        "mid_block.attentions.0": {},
+        "mid_block.resnets.0": {"add_attention": False},
+        "up_blocks.0.resnets.0": {"mid_block_type": None},
+    }
+    for expected, options in others.items():
+        unet = UNet2DModel(**shape, **options)
         assert family_of(unet).middle(unet) == expected
 
 
 @pytest.mark.parametrize(
     ("family", "modules", "expected"),
     [
-        ("ldm_unet", {"middle_block": nn.ModuleList(nn.Identity() for _ in range(3))}, "middle_block.1"),
+        ("ldm_unet", {"middle_block": nn.ModuleList([nn.Identity() for _ in range(3)])}, "middle_block.1"),
         ("ldm_unet", {"middle_block": nn.ModuleList([nn.Identity()])}, "middle_block.0"),
         ("dit", {"double_blocks": nn.ModuleList([nn.Identity() for _ in range(5)])}, "double_blocks.2"),
         ("transformer", {"none": nn.ModuleList()}, ""),
