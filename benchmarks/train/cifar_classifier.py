@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from captioned_images import CaptionedImages, TrainingError
-from cifar_training import MODELS, PIXELS, parameter_count, train_to_model
+from cifar_training import MODELS, PIXELS, Changes, Data, Model, State, Steps, parameter_count, train_to_model
 from class_images import class_names, labels_of, load_class_images
 from torch import Tensor, nn
-from training_command import SETTINGS_HELP, errors_in_one_line, parse_settings
+from training_command import errors_in_one_line, parse_settings
 from training_loop import Settings, log
 from training_tasks import chosen_device, fast_autocast
 
@@ -96,12 +96,12 @@ def keep_classifier(average: Any, model: Path, test: CaptionedImages) -> None:
 
 @app.command(help=__doc__)
 def main(
-    data: Annotated[Path, typer.Argument(help="Folder or zip file of training pictures, a folder per class.")],
+    data: Data,
     test: Annotated[Path, typer.Argument(help="The same of test pictures.")],
-    state: Annotated[Path, typer.Option(help="Folder for the state that an interrupted run goes on from.")],
-    model: Annotated[Path, typer.Option(help="Folder for the trained model.")] = MODELS / "cifar-classifier",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = STEPS,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=SETTINGS_HELP)] = None,
+    state: State,
+    model: Model = MODELS / "cifar-classifier",
+    steps: Steps = STEPS,
+    settings: Changes = None,
 ) -> None:
     with errors_in_one_line():
         chosen = parse_settings([*RECIPE, *(settings or [])], steps, 0).with_defaults(STEPS, BATCH, RATE)

@@ -11,18 +11,18 @@ on with a larger `--steps`.
 import copy
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from captioned_images import CaptionedImages
 from cifar_diffusion import new_scheduler, renew_folder, velocity_loss
-from cifar_training import MODELS, PIXELS, train_to_model, with_plain_attention
+from cifar_training import MODELS, PIXELS, Changes, Data, Model, State, Steps, train_to_model, with_plain_attention
 from class_images import load_class_images
 from diffusers import DDIMPipeline, UNet2DModel
 from pipeline_parts import without_path
 from torch import Tensor, nn
-from training_command import SETTINGS_HELP, errors_in_one_line, parse_settings
+from training_command import errors_in_one_line, parse_settings
 from training_loop import Settings, log
 from training_tasks import chosen_device, fast_autocast
 
@@ -83,11 +83,11 @@ def keep_pipeline(average: Any, model: Path) -> None:
 
 @app.command(help=__doc__)
 def main(
-    data: Annotated[Path, typer.Argument(help="Folder or zip file of pictures, a folder per class.")],
-    state: Annotated[Path, typer.Option(help="Folder for the state that an interrupted run goes on from.")],
-    model: Annotated[Path, typer.Option(help="Folder for the pipeline.")] = MODELS / "cifar-ddim",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = STEPS,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=SETTINGS_HELP)] = None,
+    data: Data,
+    state: State,
+    model: Model = MODELS / "cifar-ddim",
+    steps: Steps = STEPS,
+    settings: Changes = None,
 ) -> None:
     with errors_in_one_line():
         chosen = parse_settings([*RECIPE, *(settings or [])], steps, 0).with_defaults(STEPS, BATCH, RATE)

@@ -11,16 +11,15 @@ finished run goes on with a larger `--steps`.
 
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from captioned_images import CaptionedImages
 from cifar_latent_parts import AutoencoderOfClasses, DenoiserOfClasses, WorkspaceOfClasses, weights_digest
-from cifar_training import MODELS, PIXELS, train_to_model
+from cifar_training import MODELS, PIXELS, Changes, Data, Model, State, Steps, train_to_model
 from class_images import class_names, load_class_images
-from training_command import SETTINGS_HELP, errors_in_one_line, parse_settings
+from training_command import errors_in_one_line, parse_settings
 from training_loop import Settings, log
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,11 +56,11 @@ def run_stage(stage: Stage, data: CaptionedImages, workspace: WorkspaceOfClasses
 @app.command(help=__doc__)
 def main(
     stage: Annotated[Stage, typer.Argument(help="What to train.")],
-    data: Annotated[Path, typer.Argument(help="Folder or zip file of pictures, a folder per class.")],
-    state: Annotated[Path, typer.Option(help="Folder for the state that an interrupted run goes on from.")],
-    model: Annotated[Path, typer.Option(help="Folder for the pipeline.")] = MODELS / "cifar-classes",
-    steps: Annotated[int, typer.Option(help="Optimizer steps of a stage; 0: its default.")] = 0,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=SETTINGS_HELP)] = None,
+    data: Data,
+    state: State,
+    model: Model = MODELS / "cifar-classes",
+    steps: Steps = 0,
+    settings: Changes = None,
 ) -> None:
     with errors_in_one_line():
         stages = (Stage.VAE, Stage.DENOISER) if stage is Stage.ALL else (stage,)

@@ -1,16 +1,24 @@
-"""What the CIFAR-10 scripts share: one stage from its state to its model, every picture once per epoch."""
+"""What the CIFAR-10 scripts share: options, one stage from its state to its model, every picture once per epoch."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
+from training_command import SETTINGS_HELP
 from training_loop import Run, Settings, Task, identity_of, log, train
 
 PIXELS = 32  # side of a picture
 MODELS = Path(__file__).parents[1] / "models"
+
+Data = Annotated[Path, typer.Argument(help="Folder or zip file of pictures, a folder per class.")]
+State = Annotated[Path, typer.Option(help="Folder for the state that an interrupted run goes on from.")]
+Model = Annotated[Path, typer.Option(help="Folder for the finished model.")]
+Steps = Annotated[int, typer.Option(help="Optimizer steps (of a stage; 0: its default).")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=SETTINGS_HELP)]
 
 
 class EpochRun(Run):

@@ -12,16 +12,16 @@ in that folder if there is one. The rate stays constant, so a finished run goes 
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import typer
 from cifar_latent_parts import LATENTS, LatentDenoiser, LatentWorkspace, weights_digest
-from cifar_training import MODELS, PIXELS, train_to_model
+from cifar_training import MODELS, PIXELS, Changes, Data, Model, State, Steps, train_to_model
 from class_images import load_class_images
 from diffusers import AutoencoderKL, LDMPipeline, UNet2DModel
 from torch import Tensor
-from training_command import SETTINGS_HELP, errors_in_one_line, parse_settings
+from training_command import errors_in_one_line, parse_settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 STEPS, BATCH, RATE = 30_000, 64, 8e-4  # where the command line names none
@@ -72,11 +72,11 @@ def new_unet(width: int) -> Any:
 
 @app.command(help=__doc__)
 def main(
-    data: Annotated[Path, typer.Argument(help="Folder or zip file of pictures, a folder per class.")],
-    state: Annotated[Path, typer.Option(help="Folder for the state that an interrupted run goes on from.")],
-    model: Annotated[Path, typer.Option(help="Folder for the pipeline.")] = MODELS / "cifar-unconditional",
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = STEPS,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=SETTINGS_HELP)] = None,
+    data: Data,
+    state: State,
+    model: Model = MODELS / "cifar-unconditional",
+    steps: Steps = STEPS,
+    settings: Changes = None,
 ) -> None:
     with errors_in_one_line():
         chosen = parse_settings([*RECIPE, *(settings or [])], steps, 0).with_defaults(STEPS, BATCH, RATE)
