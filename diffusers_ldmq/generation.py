@@ -67,9 +67,8 @@ def sample_images(
     names = [f"{k:06d}.png" for k in range(count)]
     for start in range(0, count, sampling.batch):
         chunk = names[start : start + sampling.batch]
-        if not all(
-            (folder / name).is_file() for name in chunk
-        ):  # drawn in whole batches: the same kernels, the same bits
+        # drawn in whole batches: the same kernels, the same bits
+        if not all((folder / name).is_file() for name in chunk):
             _draw(pipe, folder, chunk, start, Drawn("", "", sampling, turn))
         if progress:
             progress(start + len(chunk), count)
@@ -94,8 +93,9 @@ def _draw(pipe: Any, folder: Path, names: Sequence[str], start: int, drawn: Draw
         reason = " ".join(str(cause).split())[:300]
         raise EvaluationError(f"{type(pipe).__name__} cannot draw {str(chunk)[:100]}: {reason}") from cause
     for name, pixels in zip(names, pixels_of(arrays, range(start, start + len(names))), strict=True):
-        with file_beside(folder / name) as beside:
-            Image.fromarray(pixels).save(beside, format="PNG")
+        if not (folder / name).is_file():  # one from an earlier call's last, smaller batch stays
+            with file_beside(folder / name) as beside:
+                Image.fromarray(pixels).save(beside, format="PNG")
 
 
 def subjects_of(pipe: Any, prompts: Sequence[str] | None = None) -> tuple[str | None, ...]:

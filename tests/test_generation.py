@@ -89,6 +89,15 @@ def test_more_pictures_are_added_to_those_that_are_there(tmp_path: Path) -> None
     assert files(tmp_path / "grown") == files(tmp_path / "whole")
 
 
+def test_the_last_smaller_batch_stays_when_more_are_added(tmp_path: Path) -> None:
+    sample_images(tiny_ddim(), tmp_path / "grown", 5, TWO)
+    mark = b"drawn before"
+    (tmp_path / "grown" / "000004.png").write_bytes(mark)
+    sample_images(tiny_ddim(), tmp_path / "grown", 6, TWO)
+    assert (tmp_path / "grown" / "000004.png").read_bytes() == mark
+    assert (tmp_path / "grown" / "000005.png").is_file()
+
+
 def test_a_picture_depends_on_its_own_seed_only(tmp_path: Path) -> None:
     one = sample_images(tiny_ddim(), tmp_path / "one", 4, TWO)
     other = sample_images(tiny_ddim(), tmp_path / "other", 3, Sampling(steps=2, batch=1, seed=1))
