@@ -167,12 +167,14 @@ def _correction_lines(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _reconstruction_lines(report: Report) -> list[tuple[str, str, str]]:
-    if not report.reconstruction:
-        return []
+    return [("reconstruction", "", reconstruction_told(report))] if report.reconstruction else []
+
+
+def reconstruction_told(report: Report) -> str:
+    """What learning the rounding brought, as text."""
     kept = [unit for unit in report.reconstruction if unit.kept]
     gain = sum(unit.after_db - unit.before_db for unit in kept) / max(len(kept), 1)
-    told = f"{len(kept)} of {len(report.reconstruction)} blocks better, by {gain:.1f} dB on average at their own output"
-    return [("reconstruction", "", told)]
+    return f"{len(kept)} of {len(report.reconstruction)} blocks better, by {gain:.1f} dB on average at their own output"
 
 
 def mb(count: int) -> str:
