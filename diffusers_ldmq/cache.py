@@ -94,6 +94,18 @@ class Entry:
             logger.warning("%s: this cached result is damaged (%s); it is computed anew", self.folder, reason[:300])
             return None
 
+    def reconstruction(self) -> Path | None:
+        """A folder for what a reconstruction has finished, so that an interrupted one goes on; None, with a warning,
+        where nothing can be written."""
+        folder = self.folder.with_name(f".{self.folder.name}.reconstruction")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as cause:
+            told = "an interrupted reconstruction will begin anew: %s; name a writable folder by HF_HOME"
+            logger.warning(told, cause)
+            return None
+        return folder
+
     def store(self, pipe: Any, outcome: Any) -> None:
         """Fill the place, completely or not at all; a cache that cannot be written costs one warning."""
         component, denoiser = find_denoiser(pipe)

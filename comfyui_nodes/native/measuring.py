@@ -43,6 +43,7 @@ TOLD_EVERY = 0.1
 RECORDED = 150
 """Parts of a profile's progress that are over when its calls are recorded."""
 
+
 @dataclass(slots=True)
 class Share:
     """A part of a progress bar, which can be told again where it is: a sign of life, and a chance to stop."""

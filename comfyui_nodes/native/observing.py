@@ -57,9 +57,7 @@ class SampleRanges:
             self.rows[sample] += rows // images
         return output
 
-    def _hook(
-        self, name: str, samples: list[SampleId], rows: int
-    ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def _hook(self, name: str, samples: list[SampleId], rows: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             # rows come conditioning by conditioning; what has no axis of rows belongs to every sample
