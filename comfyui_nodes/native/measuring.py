@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,7 +96,7 @@ def profile_model(
         calls[0] = total
         told(done, total)
 
-    with _measuring(denoiser, told):
+    with measuring(denoiser, told):
         recording = with_reference(recording, denoiser)
         profile = profile_sqnr(denoiser, recording, settings, progress=count)
     facts = {
@@ -117,6 +117,14 @@ def _copies(scene: Scene, sampling: Sampling, timesteps: int) -> int:
 def record_model(model: Any, scene: Scene, sampling: Sampling, progress: Share) -> tuple[nn.Module, Recording]:
     """(float copy of the denoiser, recording of its calls): the set 'calibrate' holds the first step at the sampling's
     seed, 'select' a whole run at the next one. The MODEL stays as it is."""
+    runs = (("calibrate", sampling.from_noise(), True), ("select", sampling.next_seed(), False))
+    return record_runs(model, scene, runs, progress)
+
+
+def record_runs(
+    model: Any, scene: Scene, runs: Sequence[tuple[str, Sampling, bool]], progress: Share
+) -> tuple[nn.Module, Recording]:
+    """The same of any runs: (set, sampling, True to end after the first step), the last of which tells progress."""
     own: list[torch.dtype] = []
 
     def made(executor: Any, latent: Tensor) -> nn.Module:
@@ -125,17 +133,17 @@ def record_model(model: Any, scene: Scene, sampling: Sampling, progress: Share) 
 
     recorder = Recorder(made)
     with listening(model, recorder.wrap) as clone:
-        recorder.start("calibrate", 0, scene.images)
-        sample(clone, scene, sampling.from_noise(), first_step=True)
-        recorder.start("select", 1, scene.images)
-        sample(clone, scene, sampling.next_seed(), progress=progress)
+        for number, (name, sampling, first_step) in enumerate(runs):
+            recorder.start(name, number, scene.images)
+            last = progress if number == len(runs) - 1 else None
+            sample(clone, scene, sampling, first_step=first_step, progress=last)
     recording, denoiser = recorder.result(), recorder.copy
     assert denoiser is not None
     return placed(denoiser, torch.device(model.load_device), own[0]), recording
 
 
 @contextmanager
-def _measuring(denoiser: nn.Module, progress: Share) -> Iterator[None]:
+def measuring(denoiser: nn.Module, progress: Share) -> Iterator[None]:
     """Around what computes on a float copy: with gradients where they are asked for, and interruptible."""
     try:
         with torch.inference_mode(False), alive(denoiser, progress.again), differentiable(), explained("measured"):

@@ -1,4 +1,4 @@
-"""Reconstruction on the Diffusers route without a server: what it brings, stops, going on, and what it is refused for."""
+"""Reconstruction on the Diffusers route without a server: what it tells, stops, going on, refusals."""
 
 from dataclasses import replace
 from pathlib import Path
