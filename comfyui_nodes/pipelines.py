@@ -178,7 +178,7 @@ def told_of(loaded: LoadedPipeline) -> str:
     if found.report:
         lines.append(f"{found.report.sqnr_db:.1f} dB at the denoiser's output when it was quantized")
     if found.report and found.report.reconstruction:
-        lines.append(f"rounding learned: {reconstruction_told(found.report)}")
+        lines.append(f"rounding learned: {reconstruction_told(found.report.reconstruction)}")
     return "\n".join([*lines, f"takes {_takes(loaded.pipe)}"])
 
 

@@ -53,9 +53,9 @@ def text_output(tooltip: str) -> io.String.Output:
     return io.String.Output("text", tooltip=f"{tooltip} Wire it to Preview as Text to keep it on the canvas.")
 
 
-def seed_input(name: str, tooltip: str) -> io.Input:
+def seed_input(name: str, tooltip: str, **keywords: Any) -> io.Input:
     """A seed. One whose id is 'seed' gets ComfyUI's "control after generate", which draws a new one after every run."""
-    return accepted(io.Int.Input, name, default=0, min=0, max=LARGEST_SEED, tooltip=tooltip)
+    return accepted(io.Int.Input, name, default=0, min=0, max=LARGEST_SEED, tooltip=tooltip, **keywords)
 
 
 def reconstruct_input(more: str = "") -> io.Input:
@@ -75,24 +75,27 @@ def steps_input(tooltip: str, **keywords: Any) -> io.Input:
     return accepted(io.Int.Input, "steps", default=20, min=1, max=1000, tooltip=tooltip, **keywords)
 
 
-def cfg_input(default: float, tooltip: str) -> io.Input:
+def cfg_input(default: float, tooltip: str, **keywords: Any) -> io.Input:
     """The guidance scale."""
     limits = {"min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}
-    return accepted(io.Float.Input, "cfg", default=default, **limits, tooltip=tooltip)
+    return accepted(io.Float.Input, "cfg", default=default, **limits, tooltip=tooltip, **keywords)
 
 
-def sampling_inputs(seed: str, seed_tooltip: str) -> list[io.Input]:
-    """Inputs that say how to sample, with KSampler's names and defaults. seed: the id of the seed input."""
+def sampling_inputs(seed: str, seed_tooltip: str, **keywords: Any) -> list[io.Input]:
+    """Inputs that say how to sample, with KSampler's names and defaults. seed: the id of the seed input; keywords: of
+    every one."""
+    steps = "Sampling steps. Use the number that you sample with: the noise differs from step to step."
     return [
-        seed_input(seed, seed_tooltip),
-        steps_input("Sampling steps. Use the number that you sample with: the noise differs from step to step."),
-        cfg_input(8.0, "Guidance scale. Use the one that you sample with."),
+        seed_input(seed, seed_tooltip, **keywords),
+        steps_input(steps, **keywords),
+        cfg_input(8.0, "Guidance scale. Use the one that you sample with.", **keywords),
         accepted(
             io.Combo.Input,
             "sampler_name",
             options=list(KSampler.SAMPLERS),
             default="euler",
             tooltip="Sampler. Use the one that you sample with; euler makes one model call per step.",
+            **keywords,
         ),
         accepted(
             io.Combo.Input,
@@ -100,5 +103,6 @@ def sampling_inputs(seed: str, seed_tooltip: str) -> list[io.Input]:
             options=list(KSampler.SCHEDULERS),
             default="normal",
             tooltip="Noise schedule. Use the one that you sample with.",
+            **keywords,
         ),
     ]

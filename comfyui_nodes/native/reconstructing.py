@@ -59,6 +59,7 @@ def reconstruct_model(
     chosen = reconstruction_of(learning.preset)
     if chosen is None:
         return {}, ()
+    _refuse_unconnected(learning)
     refuse_unfit_model(model)
     _refuse_patches(model)
     check_plan(plan, source_layers(model), ranges)
@@ -78,6 +79,16 @@ def reconstruct_model(
         memory = _memory(denoiser, states, recording, settings)
         learned, units = reconstruct(denoiser, calibration, recording, settings, memory=memory, progress=told)
     return {name: state.to(torch.device("cpu")) for name, state in learned.states.items()}, units
+
+
+def _refuse_unconnected(learning: Learning) -> None:
+    given = {"positive": learning.positive, "negative": learning.negative, "latent_image": learning.latent}
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        raise LDMQError(
+            f"reconstruct is {learning.preset}, which learns from what the MODEL is asked for while it samples: "
+            f"connect {', '.join(missing)} as to LDM-Q Calibrate, or set reconstruct to none"
+        )
 
 
 def _refuse_patches(model: Any) -> None:

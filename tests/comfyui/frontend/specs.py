@@ -77,6 +77,12 @@ def profile(x: int, y: int) -> Node:
     return Node("ldmq_profile", {"model": ("checkpoint", 0), **MEASURED, **MEASURING}, (x, y, 340, 460))
 
 
+def quantize(x: int, y: int) -> Node:
+    """With what reconstruction would learn from connected, so that it need only be switched on."""
+    given = {"model": ("checkpoint", 0), "plan": ("plan", 0), "calibration": ("calibrate", 0)}
+    return Node("ldmq_quantize", {**given, "reconstruct": "none", **MEASURED, **MEASURING}, (x, y, 340, 0))
+
+
 def sampler(model: str, x: int, y: int) -> Node:
     return Node("KSampler", {"model": (model, 0), **SAMPLER, **MEASURED, "denoise": 1.0}, (x, y, 320, 0))
 
@@ -98,6 +104,7 @@ QUICK_START = Workflow(
                 "calibration": "first-step",
                 "steps": 10,
                 "dtype": "auto",
+                "reconstruct": "none",
             },
             (40, 320, 380, 0),
         ),
@@ -134,11 +141,7 @@ QUANTIZE = Workflow(
             {"model": ("checkpoint", 0), "plan": ("plan", 0), **MEASURED, "selection": "first-step", **MEASURING},
             (1340, 320, 340, 0),
         ),
-        "quantize": Node(
-            "ldmq_quantize",
-            {"model": ("checkpoint", 0), "plan": ("plan", 0), "calibration": ("calibrate", 0)},
-            (1340, 680, 340, 0),
-        ),
+        "quantize": quantize(1340, 720),
         "save": Node(
             "ldmq_save_model",
             {"model": ("quantize", 0), "filename_prefix": SAVED, "overwrite": False},
@@ -198,11 +201,7 @@ COMPARE = Workflow(
             {"model": ("checkpoint", 0), "plan": ("plan", 0), **MEASURED, "selection": "first-step", **MEASURING},
             (1340, 320, 340, 0),
         ),
-        "quantize": Node(
-            "ldmq_quantize",
-            {"model": ("checkpoint", 0), "plan": ("plan", 0), "calibration": ("calibrate", 0)},
-            (1340, 680, 340, 0),
-        ),
+        "quantize": quantize(1340, 720),
         "compare": Node(
             "ldmq_compare",
             {"reference": ("checkpoint", 0), "model": ("quantize", 0), "vae": ("checkpoint", 2), **MEASURED, **SAMPLER},
