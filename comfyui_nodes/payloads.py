@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from .native.ranges import InputRanges
 
 PROFILE, PLAN, CALIBRATION = "ldmq_profile_1", "ldmq_plan_1", "ldmq_calibration_1"
-SELECTIONS = ("first-step", "uniform")
-"""Which sampling steps a calibration looks at; the first one where a plan does not say."""
+SELECTIONS = ("first-step", "normal", "tdac", "uniform")
+"""Which sampling steps a calibration looks at, as the library's registry has them, which is too heavy to be imported
+before a node runs; the first one where a plan does not say."""
+RECONSTRUCTIONS = ("none", "quick", "full")
+"""How rounding is learned: not at all, or the library's presets."""
 SELECTION = "calibration"
 """Among a plan's reasons."""
 MADE_BY = {PROFILE: "LDM-Q Profile", PLAN: "LDM-Q Plan", CALIBRATION: "LDM-Q Calibrate"}

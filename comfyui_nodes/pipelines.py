@@ -24,7 +24,7 @@ from diffusers_ldmq.inspection import describe
 from diffusers_ldmq.layers import quantized_layers
 from diffusers_ldmq.progress import Progress, StageProgress
 from diffusers_ldmq.sampling import Sampling, sample_pictures
-from diffusers_ldmq.summary import mb
+from diffusers_ldmq.summary import mb, reconstruction_told
 
 from .interrupting import interruptible, told_of_saving
 from .memory import is_out_of_memory
@@ -52,13 +52,14 @@ class LoadedPipeline:
 class Order:
     """What to load. model: folder, hub id or the bundled model's word; preset: None to load a float model as it is;
     target: goes before the preset's, '' for that one; plan: goes before the preset; calibration: name of a selection;
-    steps: of the sampling that is measured; dtype: a name, or 'auto'."""
+    reconstruction: as in Settings; steps: of the sampling that is measured; dtype: a name, or 'auto'."""
 
     model: str
     preset: Preset | None
     target: str = ""
     plan: Plan | None = None
     calibration: str = "first-step"
+    reconstruction: str = "none"
     steps: int = 20
     dtype: str = "auto"
     device: str = "cpu"
@@ -69,7 +70,12 @@ class Order:
 
     def quantizing(self) -> dict[str, Any]:
         """Keywords of QuantizedLDMPipeline.from_pretrained that quantize."""
-        given: dict[str, Any] = {"calibration": self.calibration, "steps": self.steps, "target": self.target or None}
+        given: dict[str, Any] = {
+            "calibration": self.calibration,
+            "reconstruction": self.reconstruction,
+            "steps": self.steps,
+            "target": self.target or None,
+        }
         if self.plan is not None:
             return {**given, "plan": self.plan}
         assert self.preset is not None
@@ -94,14 +100,14 @@ class Wish:
 def load(order: Order, told: StageProgress, check: Check) -> LoadedPipeline:
     """The pipeline on its device, quantized if asked for; a quantized checkpoint is loaded as it is.
 
-    Raises LDMQError for what cannot be loaded or quantized, and for a target or plan with nothing to quantize.
+    Raises LDMQError for what cannot be loaded or quantized, and for a target, plan or reconstruction with nothing to
+    quantize.
     """
     told("loading", 0, 1)
     note = ""
     with torch.inference_mode(False), torch.no_grad(), interruptible(check):
         quantized = stored_config(order.model) is not None
-        if order.target or order.plan is not None:
-            _refuse_unused(order, quantized)
+        _refuse_unused(order, quantized)
         if quantized:
             pipe = QuantizedLDMPipeline.from_pretrained(order.model, **order.options())
         elif order.preset is None and order.plan is None:
@@ -114,12 +120,19 @@ def load(order: Order, told: StageProgress, check: Check) -> LoadedPipeline:
 
 
 def _refuse_unused(order: Order, quantized: bool) -> None:
-    """Raise LDMQError where a target or plan would change nothing."""
-    what = "a plan is connected" if order.plan is not None else f"a target ({order.target}) is given"
+    """Raise LDMQError where a target, plan or reconstruction would change nothing."""
+    if order.plan is not None:
+        what = "a plan is connected"
+    elif order.target:
+        what = f"a target ({order.target}) is given"
+    elif order.reconstruction != "none":
+        what = f"a reconstruction ({order.reconstruction}) is asked for"
+    else:
+        return
     if quantized:
         raise LDMQError(
-            f"{order.model}: is quantized already, and {what}; empty the target and disconnect the plan to load it as "
-            "it is, or name the float model that it was made of to quantize that anew"
+            f"{order.model}: is quantized already, and {what}; empty the target, disconnect the plan and set "
+            "reconstruct to none to load it as it is, or name the float model that it was made of to quantize that anew"
         )
     if order.preset is None and order.plan is None:
         raise LDMQError(f"{order.model}: {what}, but quantize says no; choose Safe, Balanced or Smallest there")
@@ -164,6 +177,8 @@ def told_of(loaded: LoadedPipeline) -> str:
         lines.append(loaded.note)
     if found.report:
         lines.append(f"{found.report.sqnr_db:.1f} dB at the denoiser's output when it was quantized")
+    if found.report and found.report.reconstruction:
+        lines.append(f"rounding learned: {reconstruction_told(found.report.reconstruction)}")
     return "\n".join([*lines, f"takes {_takes(loaded.pipe)}"])
 
 

@@ -5,9 +5,9 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from diffusers_ldmq.artifacts import Plan, Profile
+    from diffusers_ldmq.artifacts import Plan, Profile, Reconstructed
 
     from .native.comparing import Comparison
     from .native.ranges import InputRanges
@@ -98,6 +98,13 @@ def model_text(schemes: "Mapping[str, int]", size: int) -> str:
     """What a quantized MODEL holds. schemes: scheme -> number of layers; size: bytes of the whole denoiser."""
     counts = ", ".join(f"{count} {scheme}" for scheme, count in sorted(schemes.items()))
     return f"Quantized MODEL: {counts} layers, {size / 1e6:.1f} MB."
+
+
+def reconstruction_text(units: "Sequence[Reconstructed]") -> str:
+    """What learning the rounding brought, as a line to append; empty where nothing was learned."""
+    from diffusers_ldmq.summary import reconstruction_told
+
+    return f"\nrounding learned: {reconstruction_told(units)}" if units else ""
 
 
 def comparison_text(comparison: "Comparison") -> str:

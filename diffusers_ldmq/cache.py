@@ -67,6 +67,17 @@ def is_on() -> bool:
     return os.environ.get(SWITCH, "1") != "0"
 
 
+def place_for_reconstruction(name: str) -> Path | None:
+    """A folder of that name in the cache; None, with a warning, where nothing can be written."""
+    folder = cache_folder() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        logger.warning("an interrupted reconstruction will begin anew: %s; name a writable folder by HF_HOME", cause)
+        return None
+    return folder
+
+
 @dataclass(frozen=True, slots=True)
 class Cached:
     """A quantized denoiser, its name in the pipeline and what stands beside it."""
@@ -93,6 +104,11 @@ class Entry:
             reason = " ".join(str(cause).split())
             logger.warning("%s: this cached result is damaged (%s); it is computed anew", self.folder, reason[:300])
             return None
+
+    def reconstruction(self) -> Path | None:
+        """A folder for what a reconstruction has finished, so that an interrupted one goes on; None, with a warning,
+        where nothing can be written."""
+        return place_for_reconstruction(f".{self.folder.name}.reconstruction")
 
     def store(self, pipe: Any, outcome: Any) -> None:
         """Fill the place, completely or not at all; a cache that cannot be written costs one warning."""

@@ -2,6 +2,7 @@
 pipeline."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -93,8 +94,8 @@ class QuantizedLDMPipeline:
         `progress`, `low_memory` (as `set_low_memory`); the rest is DiffusionPipeline.from_pretrained's (`revision`,
         `variant`, `safety_checker`, ...).
 
-        What was computed is kept under the Hugging Face cache: asked the same again, it is loaded (`cache=False` or
-        the environment's LDMQ_CACHE=0 turn that off).
+        What was computed is kept under the Hugging Face cache: asked the same again, it is loaded, and a reconstruction
+        that was interrupted goes on (`cache=False` or the environment's LDMQ_CACHE=0 turn that off).
         Raises LDMQError; for a quantized checkpoint given what quantizes it says what to load instead.
         """
         request = Request.taken(kwargs, plan, target, inputs=inputs, settings=settings)
@@ -258,9 +259,13 @@ def _computed(model: str, request: Request, options: dict[str, Any]) -> Any:
         return _dressed(pipe, **cached.artifacts)
     pipe = load_pipeline(model, dtype=torch.float32, device=request.device, **options)
     reload = denoiser_loader(model, request.device, **options)
-    outcome = quantize_pipeline(pipe, request.calls(pipe), settings, reload=reload, progress=request.progress)
+    memory = entry.reconstruction() if entry and settings.reconstruction != "none" else None
+    calls = request.calls(pipe)
+    outcome = quantize_pipeline(pipe, calls, settings, reload=reload, memory=memory, progress=request.progress)
     if entry is not None:
         entry.store(pipe, outcome)
+    if memory is not None:
+        shutil.rmtree(memory, ignore_errors=True)
     return _dressed(pipe, **{name: getattr(outcome, name) for name in SIDE_FILES})
 
 

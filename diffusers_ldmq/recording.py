@@ -50,7 +50,7 @@ def record_calls(
     _, denoiser = find_denoiser(pipe)
     chosen = find_selection(selection)
     jobs = _deal(list(inputs), seed)
-    recorder = _Recorder(denoiser, _Middle(denoiser) if getattr(chosen, "needs_features", False) else None)
+    recorder = _Recorder(denoiser, Middle(denoiser) if getattr(chosen, "needs_features", False) else None)
     for number, (name, kwargs) in enumerate(jobs):
         if name == "calibrate" and "strength" in inspect.signature(pipe.__call__).parameters:
             kwargs = {**kwargs, "strength": 1.0}  # image-to-image: calibration sees the noisiest timestep
@@ -136,7 +136,7 @@ def _call(pipe: Any, inputs: dict[str, Any]) -> None:
         ) from cause
 
 
-class _Middle:
+class Middle:
     """A hook on the denoiser's middle module that keeps what goes into it at every step of one run."""
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -189,7 +189,7 @@ class _Middle:
 class _Recorder:
     """Hooks on a denoiser that turn its calls into a Recording. middle: keeps features of the first calibrating run."""
 
-    def __init__(self, denoiser: nn.Module, middle: _Middle | None = None) -> None:
+    def __init__(self, denoiser: nn.Module, middle: Middle | None = None) -> None:
         self.denoiser, self.middle = denoiser, middle
         self.signature = inspect.signature(denoiser.forward)
         self.calls: list[Call] = []

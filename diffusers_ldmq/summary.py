@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .artifacts import Plan, Report
+from .artifacts import Plan, Reconstructed, Report
 from .companions import Companion
 from .metrics import told_db
 from .pictures import PictureScores
@@ -167,12 +167,14 @@ def _correction_lines(report: Report) -> list[tuple[str, str, str]]:
 
 
 def _reconstruction_lines(report: Report) -> list[tuple[str, str, str]]:
-    if not report.reconstruction:
-        return []
-    kept = [unit for unit in report.reconstruction if unit.kept]
+    return [("reconstruction", "", reconstruction_told(report.reconstruction))] if report.reconstruction else []
+
+
+def reconstruction_told(units: Sequence[Reconstructed]) -> str:
+    """What learning the rounding of these blocks brought, as text."""
+    kept = [unit for unit in units if unit.kept]
     gain = sum(unit.after_db - unit.before_db for unit in kept) / max(len(kept), 1)
-    told = f"{len(kept)} of {len(report.reconstruction)} blocks better, by {gain:.1f} dB on average at their own output"
-    return [("reconstruction", "", told)]
+    return f"{len(kept)} of {len(units)} blocks better, by {gain:.1f} dB on average at their own output"
 
 
 def mb(count: int) -> str:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from PIL import Image
 from tiny_pipelines import INPUTS, MAKERS, drawing, picture
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from diffusers_ldmq import QuantizedLDMPipeline, cache
+from diffusers_ldmq import QuantizedLDMPipeline, cache, reconstruction
 from diffusers_ldmq.cache import SWITCH, cache_folder, comparable, find_entry
+from diffusers_ldmq.learning import LearningSettings
 from diffusers_ldmq.request import Request
 from diffusers_ldmq.selections import TDAC
 
@@ -362,3 +364,15 @@ def test_other_quantized_components_are_part_of_an_entry(
     quantized(float_folder, components={"text_encoder": "w8a8-dyn"})
     quantized(float_folder)
     assert len(entries()) == 3
+
+
+def test_where_nothing_can_be_kept_a_reconstruction_is_warned_of_and_works(
+    float_folder: Path, home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief = replace(reconstruction.QUICK, learning=LearningSettings(iterations=2, batch=4), samples=4)
+    monkeypatch.setitem(reconstruction.PRESETS, "quick", brief)
+    home.write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING):
+        pipe = quantized(float_folder, scheme="w4a8", reconstruction="quick")
+    assert pipe.report.reconstruction
+    assert "an interrupted reconstruction will begin anew: " in caplog.text

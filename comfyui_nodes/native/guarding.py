@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy.patcher_extension import CallbacksMP
-
 from diffusers_ldmq.errors import LDMQError
 
 from .layer import LDMQLayer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,24 +17,14 @@ from diffusers_ldmq.artifacts import Plan, Profile
 from diffusers_ldmq.calibration import input_qparams
 from diffusers_ldmq.calls import Recording
 from diffusers_ldmq.errors import CalibrationError
-from diffusers_ldmq.observers import OBSERVERS, Observer
 from diffusers_ldmq.profiling import FEW_ROWS, ProfileSettings, profile_sqnr
 from diffusers_ldmq.progress import Progress
-from diffusers_ldmq.registry import Registry
+from diffusers_ldmq.selections import SELECTIONS, first_step, uniform
 from diffusers_ldmq.specs import parse_scheme
 
-from .capture import (
-    Sampling,
-    Scene,
-    arguments,
-    checked_scene,
-    explained,
-    listening,
-    refuse_not_finite,
-    sample,
-    timestep_of,
-)
+from .capture import Sampling, Scene, checked_scene, explained, listening, sample
 from .float_copy import alive, copy_dtype, differentiable, float_copy, placed
+from .observing import SampleRanges
 from .patching import check_plan, refuse_unfit_model, source_layers
 from .ranges import InputRanges
 from .recorder import Recorder, with_reference
@@ -43,7 +33,7 @@ OBSERVER = "minmax-affine"
 MOST_IMAGES = 8
 """Of a profile: more seeds than these make predictions little better and everything slower."""
 CALIBRATING = 4
-"""Images of a single step that calibrates, where the latent's batch is smaller ..."""
+"""Images of a single step that calibrates, or whose steps are chosen, where the latent's batch is smaller ..."""
 POSITIONS = 128 * 128
 """... and all of them together have no more positions than this: one picture of 1024 x 1024."""
 PARTS = 1000
@@ -52,12 +42,6 @@ TOLD_EVERY = 0.1
 """Seconds between two signs of life."""
 RECORDED = 150
 """Parts of a profile's progress that are over when its calls are recorded."""
-
-Selection = Callable[[float, float], bool]
-"""(timestep of a call, first timestep of the run) -> whether the call calibrates."""
-SELECTIONS: Registry[Selection] = Registry("selection")
-SELECTIONS.add("first-step", lambda timestep, first: timestep == first)
-SELECTIONS.add("uniform", lambda timestep, first: True)
 
 
 @dataclass(slots=True)
@@ -112,7 +96,7 @@ def profile_model(
         calls[0] = total
         told(done, total)
 
-    with _measuring(denoiser, told):
+    with measuring(denoiser, told):
         recording = with_reference(recording, denoiser)
         profile = profile_sqnr(denoiser, recording, settings, progress=count)
     facts = {
@@ -133,6 +117,14 @@ def _copies(scene: Scene, sampling: Sampling, timesteps: int) -> int:
 def record_model(model: Any, scene: Scene, sampling: Sampling, progress: Share) -> tuple[nn.Module, Recording]:
     """(float copy of the denoiser, recording of its calls): the set 'calibrate' holds the first step at the sampling's
     seed, 'select' a whole run at the next one. The MODEL stays as it is."""
+    runs = (("calibrate", sampling.from_noise(), True), ("select", sampling.next_seed(), False))
+    return record_runs(model, scene, runs, progress)
+
+
+def record_runs(
+    model: Any, scene: Scene, runs: Sequence[tuple[str, Sampling, bool]], progress: Share
+) -> tuple[nn.Module, Recording]:
+    """The same of any runs: (set, sampling, True to end after the first step), the last of which tells progress."""
     own: list[torch.dtype] = []
 
     def made(executor: Any, latent: Tensor) -> nn.Module:
@@ -141,17 +133,17 @@ def record_model(model: Any, scene: Scene, sampling: Sampling, progress: Share) 
 
     recorder = Recorder(made)
     with listening(model, recorder.wrap) as clone:
-        recorder.start("calibrate", 0, scene.images)
-        sample(clone, scene, sampling.from_noise(), first_step=True)
-        recorder.start("select", 1, scene.images)
-        sample(clone, scene, sampling.next_seed(), progress=progress)
+        for number, (name, sampling, first_step) in enumerate(runs):
+            recorder.start(name, number, scene.images)
+            last = progress if number == len(runs) - 1 else None
+            sample(clone, scene, sampling, first_step=first_step, progress=last)
     recording, denoiser = recorder.result(), recorder.copy
     assert denoiser is not None
     return placed(denoiser, torch.device(model.load_device), own[0]), recording
 
 
 @contextmanager
-def _measuring(denoiser: nn.Module, progress: Share) -> Iterator[None]:
+def measuring(denoiser: nn.Module, progress: Share) -> Iterator[None]:
     """Around what computes on a float copy: with gradients where they are asked for, and interruptible."""
     try:
         with torch.inference_mode(False), alive(denoiser, progress.again), differentiable(), explained("measured"):
@@ -171,8 +163,9 @@ def calibrate_model(  # noqa: PLR0913  (what the node is given)
     progress: Progress | None = None,
 ) -> InputRanges:
     """Input ranges of the plan's static layers, seen while this MODEL samples: during one step from pure noise of a few
-    images, or with the selection 'uniform' during the whole schedule of the latent's own. The MODEL stays as it is; no
-    layer is copied or replaced.
+    images, or with another selection during the whole schedule: with 'uniform' every step of the latent's own images,
+    with others half of what a few images give, from the steps that they choose. The MODEL stays as it is; no layer is
+    copied or replaced.
 
     Raises PlanError for a plan of another model, CalibrationError for a layer that was never called or saw NaN,
     LDMQError for a MODEL or inputs that cannot be sampled.
@@ -185,56 +178,23 @@ def calibrate_model(  # noqa: PLR0913  (what the node is given)
     if not static:
         return InputRanges(plan.fingerprint, {}, selection, OBSERVER, 0)
     scene = checked_scene(model, positive, negative, latent)
-    seen = _Ranges(static, chosen)
+    scene = scene if chosen is uniform else scene.times(_calibrating(scene))
+    seen = SampleRanges(static, scene.images, chosen, OBSERVER)
     with listening(model, seen.wrap) as clone:
-        first_step = selection == "first-step"
-        scene = scene.times(_calibrating(scene)) if first_step else scene
-        sample(clone, scene, sampling.from_noise(), first_step=first_step, progress=Share(progress))
+        sample(clone, scene, sampling.from_noise(), first_step=chosen is first_step, progress=Share(progress))
+    observers, samples = seen.chosen()
     ranges: dict[str, tuple[float, int]] = {}
     for name in static:
         try:
-            found = input_qparams(seen.observers.get(name), schemes[name])
+            found = input_qparams(observers.get(name), schemes[name])
         except CalibrationError as cause:
             raise CalibrationError(f"layer {name!r}: {cause}") from None
         assert found is not None
         ranges[name] = (float(found.scale), int(found.zero_point))
-    return InputRanges(plan.fingerprint, ranges, selection, OBSERVER, seen.samples)
+    return InputRanges(plan.fingerprint, ranges, selection, OBSERVER, samples)
 
 
 def _calibrating(scene: Scene) -> int:
-    """How often each image of the latent is sampled, each from noise of its own, where one step must do."""
+    """How often each image of the latent is sampled, each from noise of its own, where steps are few or chosen."""
     positions = scene.latent["samples"][0, 0].numel()
     return max(1, min(CALIBRATING, POSITIONS // positions) // scene.images)
-
-
-class _Ranges:
-    """A wrapper around a denoiser that observes what goes into some of its layers."""
-
-    def __init__(self, names: list[str], chosen: Selection) -> None:
-        self.names, self.chosen = names, chosen
-        self.observers: dict[str, Observer] = {}
-        self.samples = 0
-        self.first: float | None = None
-
-    def wrap(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the denoiser; look at its layers' inputs if the call calibrates."""
-        timestep = timestep_of(arguments(executor, args, kwargs))
-        self.first = timestep if self.first is None else self.first
-        if not self.chosen(timestep, self.first):
-            return executor(*args, **kwargs)
-        layers = dict(executor.class_obj.named_modules())
-        handles = [layers[name].register_forward_pre_hook(self._hook(name)) for name in self.names]
-        try:
-            output = executor(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        refuse_not_finite(output, timestep)
-        self.samples += output.shape[0]
-        return output
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.observers.setdefault(name, OBSERVERS[OBSERVER]()).update(args[0])
-
-        return see

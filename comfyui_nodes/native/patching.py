@@ -6,14 +6,14 @@ takes them out when another clone is. Nothing of ComfyUI is changed.
 
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import comfy.utils
 import torch
 from torch import Tensor, nn
 
+import comfy.utils
 from diffusers_ldmq.affine import QParams
 from diffusers_ldmq.artifacts import Plan
 from diffusers_ldmq.backends import choose_backend
@@ -22,7 +22,7 @@ from diffusers_ldmq.errors import LDMQError, PlanError
 from diffusers_ldmq.families import fingerprint
 from diffusers_ldmq.observers import Observer
 from diffusers_ldmq.progress import Progress
-from diffusers_ldmq.specs import QuantSpec, Scheme, geometry_of, parse_scheme
+from diffusers_ldmq.specs import LayerState, QuantSpec, Scheme, geometry_of, parse_scheme
 
 from .guarding import guard
 from .layer import LDMQLayer
@@ -53,24 +53,32 @@ def fingerprint_of(layers: dict[str, nn.Module]) -> str:
 
 
 def quantize_model(
-    model: Any, plan: Plan, ranges: InputRanges | None = None, progress: Progress | None = None
+    model: Any,
+    plan: Plan,
+    ranges: InputRanges | None = None,
+    progress: Progress | None = None,
+    learned: Mapping[str, LayerState] | None = None,
 ) -> tuple[Any, str]:
     """(new clone that runs `plan`'s integers, what it does in words). `model` itself stays as it is.
 
     ranges: input ranges of layers with static schemes; a layer without one runs the dynamic scheme of the same widths,
-    and the text says so. Raises LDMQError for a MODEL that cannot be quantized, PlanError for a plan or calibration
+    and the text says so. learned: states of layers that reconstruct_model has rounded for this plan and these ranges.
+    Raises LDMQError for a MODEL that cannot be quantized, PlanError for a plan or calibration
     made for another, CalibrationError naming a layer whose weights hold NaN or Inf.
     """
     refuse_unfit_model(model)
     layers = source_layers(model)
     check_plan(plan, layers, ranges)
-    schemes, dynamic = _runnable(plan, ranges)
+    schemes, dynamic = runnable(plan, ranges)
     clone = _plain_clone(model)
     size = clone.model_size()
     for done, (name, scheme) in enumerate(schemes.items()):
         with torch.inference_mode(False), torch.no_grad():
-            known = ranges.ranges.get(name) if ranges is not None and scheme.is_static else None
-            layer = _quantized(clone, name, layers[name], scheme, known, _repeated(progress, done, len(schemes)))
+            if learned:
+                layer = _from_state(clone, name, layers[name], learned[name])
+            else:
+                known = ranges.ranges.get(name) if ranges is not None and scheme.is_static else None
+                layer = _quantized(clone, name, layers[name], scheme, known, _repeated(progress, done, len(schemes)))
         size += _bytes(layer) - _bytes(layers[name])
         clone.add_object_patch(f"{ROOT}.{name}", layer)
         if progress:
@@ -129,7 +137,7 @@ def check_plan(plan: Plan, layers: dict[str, nn.Module], ranges: InputRanges | N
         )
 
 
-def _runnable(plan: Plan, ranges: InputRanges | None) -> tuple[dict[str, Scheme], dict[str, int]]:
+def runnable(plan: Plan, ranges: InputRanges | None) -> tuple[dict[str, Scheme], dict[str, int]]:
     """Scheme of every quantized layer, and how many layers of which static scheme run dynamic for want of a range."""
     schemes: dict[str, Scheme] = {}
     dynamic: Counter[str] = Counter()
@@ -178,6 +186,15 @@ def _quantized(  # noqa: PLR0913  (what one layer is made of)
     state = layer_state(name, plain, scheme, KnownRange(*known) if known else None, told)
     if bias is not None:
         state = replace(state, bias=bias.to("cpu", copy=True))
+    return LDMQLayer(state, geometry_of(source), weight.dtype).eval()
+
+
+def _from_state(patcher: Any, name: str, source: nn.Module, state: LayerState) -> LDMQLayer:
+    """A layer of integers that are there already."""
+    weight, bias = (_original(patcher, name, source, part) for part in ("weight", "bias"))
+    assert weight is not None
+    if bias is not None and state.bias is not None:
+        state = replace(state, bias=state.bias.to(bias.dtype))
     return LDMQLayer(state, geometry_of(source), weight.dtype).eval()
 
 

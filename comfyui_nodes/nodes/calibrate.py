@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..payloads import SELECTIONS
 from ..running import running, show_text
-from ..sockets import AS_PLANNED, CALIBRATION, PLAN, sampling_inputs, schema, text_output
+from ..sockets import AS_PLANNED, CALIBRATION, PLAN, SELECTED, sampling_inputs, schema, text_output
 
 
 class LDMQCalibrate(io.ComfyNode):
@@ -18,7 +18,8 @@ class LDMQCalibrate(io.ComfyNode):
         return schema(
             "ldmq_calibrate",
             display_name="LDM-Q Calibrate",
-            description="Measure the range of every layer's input that the plan quantizes, in a single sampling step.",
+            description="Measure the range of every layer's input that the plan quantizes, in a single sampling step "
+            "or over the whole schedule.",
             search_aliases=["int8", "quantize", "activation ranges", "single step calibration"],
             inputs=[
                 io.Model.Input(
@@ -35,10 +36,9 @@ class LDMQCalibrate(io.ComfyNode):
                     "selection",
                     options=[AS_PLANNED, *SELECTIONS],
                     default=AS_PLANNED,
-                    tooltip="as planned: what LDM-Q Plan (Advanced) says, else first-step. "
-                    "first-step: one sampling step, where ranges are widest (the paper's way). uniform: every "
-                    "step of the schedule, which takes as long as sampling; choose it if all layers are w8a8 and LDM-Q "
-                    "Compare shows too much.",
+                    tooltip=f"as planned: what LDM-Q Plan (Advanced) says, else first-step. {SELECTED} uniform takes "
+                    "as long as sampling, normal and tdac as long as sampling a few images. Choose one of them if all "
+                    "layers are w8a8 and LDM-Q Compare shows too much.",
                 ),
                 *sampling_inputs(
                     "first_seed", "Seed of the first sample; the others count up. There is no need to vary it."

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-import comfy.model_management
 from comfy_api.latest import io
 
-from ..payloads import SELECTIONS
+import comfy.model_management
+
+from ..payloads import RECONSTRUCTIONS, SELECTIONS
 from ..pipeline_folders import BUNDLED, choices, model_of, stamp
 from ..presets import DEFAULT, PRESETS
 from ..running import running, show_text
-from ..sockets import PIPELINE, PLAN, accepted, schema, steps_input, text_output
+from ..sockets import PIPELINE, PLAN, SELECTED, accepted, reconstruct_input, schema, steps_input, text_output
 
 AS_IT_IS = "no, as it is"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -65,8 +66,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                     options=list(SELECTIONS),
                     default="first-step",
                     advanced=True,
-                    tooltip="first-step: activation ranges from the first sampling step, where they are widest. "
-                    "uniform: from every step of the schedule, which takes longer.",
+                    tooltip=f"Where the ranges of layers' inputs come from. {SELECTED}",
                 ),
                 steps_input("Sampling steps to measure with. Use the number that you sample with.", advanced=True),
                 accepted(
@@ -84,6 +84,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                     tooltip="A plan that was made for this very pipeline, from LDM-Q Plan (Advanced), which opens "
                     "files; it goes before the preset. Plans of a MODEL do not fit.",
                 ),
+                reconstruct_input("Finished blocks are kept: after a Stop it goes on where it was."),
             ],
             outputs=[
                 PIPELINE.Output("pipeline", tooltip="For LDM-Q Pipeline sampler and LDM-Q Pipeline save."),
@@ -107,6 +108,7 @@ class LDMQPipelineLoader(io.ComfyNode):
         steps: int,
         dtype: str,
         plan: dict[str, Any] | None = None,
+        reconstruct: str = RECONSTRUCTIONS[0],
     ) -> io.NodeOutput:
         """Run the node."""
         with running(cls, "Loading") as task:
@@ -122,6 +124,7 @@ class LDMQPipelineLoader(io.ComfyNode):
                 target=target.strip(),
                 plan=None if plan is None else to_plan(plan),
                 calibration=calibration,
+                reconstruction=reconstruct,
                 steps=steps,
                 dtype=dtype,
                 device=str(device),

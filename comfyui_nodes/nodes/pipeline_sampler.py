@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import comfy.model_management
 from comfy_api.latest import io
+
+import comfy.model_management
 
 from ..running import running, show_text
 from ..sockets import PIPELINE, accepted, cfg_input, schema, seed_input, steps_input

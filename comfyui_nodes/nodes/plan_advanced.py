@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..files import NO_FILE, PLANS, existing, fingerprint, listed, name_answer, new_file
 from ..payloads import SELECTIONS
 from ..running import running, show_text
-from ..sockets import PLAN, PROFILE, accepted, schema, text_output
+from ..sockets import PLAN, PROFILE, SELECTED, accepted, schema, text_output
 
 if TYPE_CHECKING:
     from diffusers_ldmq.artifacts import Plan, Profile
@@ -69,8 +69,7 @@ class LDMQPlanAdvanced(io.ComfyNode):
                     options=list(SELECTIONS),
                     default=SELECTIONS[0],
                     advanced=True,
-                    tooltip="What LDM-Q Calibrate looks at for this plan. first-step: one sampling step, where ranges "
-                    "are widest. uniform: every step of the schedule, which takes as long as sampling.",
+                    tooltip=f"What LDM-Q Calibrate looks at for this plan. {SELECTED}",
                 ),
                 io.Combo.Input(
                     "load_plan",

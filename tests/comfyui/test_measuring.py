@@ -13,6 +13,8 @@ from comfyui.test_capture import scene as capture_scene
 from comfyui.tiny_models import conditioning, latent, lora, sample, sqnr, tiny_model
 from torch import Tensor, nn
 
+from diffusers_ldmq.selections import SELECTIONS
+
 
 def profile(model: Any, kind: str = "sd15", progress: Any = None, **changes: Any) -> Any:
     from comfyui_nodes.native.measuring import profile_model
@@ -150,6 +152,49 @@ def test_uniform_sees_the_whole_schedule(comfy: ModuleType) -> None:
     name = "time_embed.2"  # depends on the timestep alone, of which one step sees one
     assert whole.ranges[name][0] > first.ranges[name][0]
     assert len(whole.ranges) == len(plan.layers)
+
+
+@pytest.mark.parametrize("selection", sorted(set(SELECTIONS) - {"first-step", "uniform"}))
+def test_others_look_at_half_of_what_a_few_images_give(selection: str, comfy: ModuleType) -> None:
+    model = tiny_model()
+    before = sample(model)
+    plan = everything(model)
+    found, again = (calibrated(model, plan, selection=selection) for _ in range(2))
+    assert found == again, "the choice is the same every time"
+    assert found.samples == 4 * 5 * 2 // 2, "of 4 images, 5 steps and 2 halves"
+    assert found.selection == selection
+    assert found.ranges.keys() == plan.layers.keys()
+    assert found.ranges != calibrated(model, plan, selection="uniform").ranges
+    assert torch.equal(sample(model), before)
+    assert untouched(model)
+
+
+def test_samples_that_were_not_chosen_do_not_count(comfy: ModuleType) -> None:
+    """A selection of one sample gives that image's range at that step, taken out of a batch."""
+    from comfyui_nodes.native.capture import listening
+    from comfyui_nodes.native.capture import sample as sampled
+    from comfyui_nodes.native.observing import SampleRanges
+    from diffusers_ldmq.calls import SampleId
+
+    model, name = tiny_model(), "input_blocks.1.0.in_layers.2"
+    inputs: list[Tensor] = []
+
+    def wrap(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        layer = executor.class_obj.get_submodule(name)
+        handle = layer.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone()))
+        output = seen.wrap(executor, *args, **kwargs)
+        handle.remove()
+        return output
+
+    seen = SampleRanges([name], 3, lambda recording, n: (SampleId((0, 1), 2),), "minmax")
+    with listening(model, wrap) as clone:
+        sampled(clone, capture_scene(model).times(3), sampling(steps=4))
+    observers, rows = seen.chosen()
+    own = inputs[2].unflatten(0, (2, 3))[:, 1]
+    observed: Any = observers[name]
+    assert rows == 2
+    assert (observed.low, observed.high) == (own.min(), own.max())
+    assert observed.high < max(float(given.max()) for given in inputs)
 
 
 def test_a_plan_without_static_layers_needs_no_step(comfy: ModuleType) -> None:

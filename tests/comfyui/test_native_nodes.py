@@ -1,6 +1,7 @@
 """The nodes of the MODEL route, run with a real ComfyUI in this process on a tiny MODEL, from profile to comparison."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 import torch
 from comfyui.tiny_models import conditioning, latent, sample, sqnr, tiny_model
 
+from diffusers_ldmq import reconstruction
 from diffusers_ldmq.errors import LDMQError
+from diffusers_ldmq.learning import LearningSettings
 
 SAMPLING = {"steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
 
@@ -99,6 +102,29 @@ def test_calibrating_as_planned_looks_at_the_plan_s_steps(profile: dict[str, Any
         assert ranges["selection"] == expected
 
 
+def test_quantize_learns_where_it_is_asked_to(profile: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    brief = replace(reconstruction.QUICK, learning=LearningSettings(iterations=2, batch=4), samples=4)
+    monkeypatch.setitem(reconstruction.PRESETS, "quick", brief)
+    from comfyui_nodes.running import Task
+
+    stages: list[tuple[str, int]] = []
+    monkeypatch.setattr(Task, "stage", lambda self, name, done, total: stages.append((name, done)))
+    model = tiny_model()
+    plan, *_ = run("ldmq_plan_advanced", profile=profile, planner="uniform", scheme="w4a8-dyn")
+    inputs = {"model": model, "plan": plan}
+    for missing in ("positive", "negative", "latent_image"):
+        given = {name: value for name, value in scene().items() if name != missing}
+        with pytest.raises(LDMQError, match=f"connect {missing} as to LDM-Q Calibrate"):
+            run("ldmq_quantize", reconstruct="quick", **inputs, **given)
+    plain, told = run("ldmq_quantize", **inputs)
+    assert "rounding learned" not in told
+    assert {name for name, _ in stages} == {"Quantizing"}
+    learned, told = run("ldmq_quantize", reconstruct="quick", **inputs, **scene())
+    assert "rounding learned: " in told
+    assert [name for name, _ in stages if name == "Reconstructing"]
+    assert not torch.equal(sample(plain), sample(learned))
+
+
 def test_without_a_calibration_the_node_says_what_runs_instead(profile: dict[str, Any]) -> None:
     model = tiny_model()
     plan, _, told = run("ldmq_plan_advanced", profile=profile, planner="uniform", scheme="w8a8")
@@ -125,7 +151,7 @@ def test_stopping_at_any_node_ends_it_and_the_next_run_works(profile: dict[str, 
     nodes = {
         "ldmq_profile": scene(),
         "ldmq_calibrate": scene(plan=plan, selection="uniform"),
-        "ldmq_quantize": {"plan": plan},
+        "ldmq_quantize": scene(plan=plan, reconstruct="quick"),
         "ldmq_compare": {**scene(seed=5), "reference": model, "vae": Vae()},
     }
     for node, inputs in nodes.items():

@@ -11,6 +11,13 @@ import pytest
 from comfyui.contract.locales import FILE, ROOT, node_definitions
 from comfyui.contract.standin import StandIn
 
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+FIRST_WIDGETS = {
+    "ldmq_quantize": [],
+    "ldmq_pipeline_loader": ["model", "quantize", "hub_id_or_folder", "target", "calibration", "steps", "dtype"],
+}
+"""Node -> its widgets when workflows were first saved with it, of nodes that have more of them by now."""
+CALIBRATING = ("ldmq_plan_advanced", "ldmq_pipeline_loader")
 HELP = ROOT / "comfyui_nodes" / "web" / "docs"
 
 
@@ -52,6 +59,37 @@ def test_a_keyword_that_no_api_knows_is_an_error(stand_in: StandIn) -> None:
         schema("ldmq_x", tooltipp="")
     with pytest.raises(TypeError, match="maximum"):
         accepted(stand_in.modules["comfy_api.latest"].io.Int.Input, "x", maximum=3)
+
+
+def test_choices_are_what_the_library_has(stand_in: StandIn) -> None:
+    """Loading the library takes seconds, so nodes list its names themselves."""
+    from comfyui_nodes.payloads import RECONSTRUCTIONS, SELECTIONS
+    from comfyui_nodes.sockets import LEARNED, SELECTED
+    from diffusers_ldmq.reconstruction import PRESETS as RECONSTRUCTING
+    from diffusers_ldmq.selections import SELECTIONS as REGISTERED
+
+    assert tuple(REGISTERED) == SELECTIONS
+    assert ("none", *RECONSTRUCTING) == RECONSTRUCTIONS
+    assert all(f"{name}: " in SELECTED for name in SELECTIONS)
+    assert all(f"{name}: " in LEARNED for name in RECONSTRUCTIONS)
+    offered = {(s.node_id, i.id): i for s in (node.define_schema() for node in nodes()) for i in s.inputs}
+    for where in (("ldmq_calibrate", "selection"), *((n, "calibration") for n in CALIBRATING)):
+        assert [name for name in offered[where].options if name != "as planned"] == list(SELECTIONS), where
+    for where in (("ldmq_quantize", "reconstruct"), ("ldmq_pipeline_loader", "reconstruct")):
+        assert (offered[where].options, offered[where].default) == (list(RECONSTRUCTIONS), "none"), where
+
+
+def test_what_workflows_were_saved_without_is_optional_and_comes_last(stand_in: StandIn) -> None:
+    """Files in API format lack it; those of the browser have values by position."""
+    for node in nodes():
+        schema = node.define_schema()
+        first = FIRST_WIDGETS.get(schema.node_id)
+        if first is None:
+            continue
+        widgets = [one for one in schema.inputs if one.io_type in WIDGETS]
+        required = [one.id for one in widgets if not one.optional]
+        assert required == first, schema.node_id
+        assert all(one.optional for one in widgets[len(first) :]), schema.node_id
 
 
 def test_execute_takes_the_inputs_and_nothing_else(stand_in: StandIn) -> None:

@@ -77,6 +77,12 @@ def profile(x: int, y: int) -> Node:
     return Node("ldmq_profile", {"model": ("checkpoint", 0), **MEASURED, **MEASURING}, (x, y, 340, 460))
 
 
+def quantize(x: int, y: int) -> Node:
+    """With what reconstruction would learn from connected, so that it need only be switched on."""
+    given = {"model": ("checkpoint", 0), "plan": ("plan", 0), "calibration": ("calibrate", 0)}
+    return Node("ldmq_quantize", {**given, "reconstruct": "none", **MEASURED, **MEASURING}, (x, y, 340, 0))
+
+
 def sampler(model: str, x: int, y: int) -> Node:
     return Node("KSampler", {"model": (model, 0), **SAMPLER, **MEASURED, "denoise": 1.0}, (x, y, 320, 0))
 
@@ -98,6 +104,7 @@ QUICK_START = Workflow(
                 "calibration": "first-step",
                 "steps": 10,
                 "dtype": "auto",
+                "reconstruct": "none",
             },
             (40, 320, 380, 0),
         ),
@@ -134,11 +141,7 @@ QUANTIZE = Workflow(
             {"model": ("checkpoint", 0), "plan": ("plan", 0), **MEASURED, "selection": "first-step", **MEASURING},
             (1340, 320, 340, 0),
         ),
-        "quantize": Node(
-            "ldmq_quantize",
-            {"model": ("checkpoint", 0), "plan": ("plan", 0), "calibration": ("calibrate", 0)},
-            (1340, 680, 340, 0),
-        ),
+        "quantize": quantize(1340, 650),
         "save": Node(
             "ldmq_save_model",
             {"model": ("quantize", 0), "filename_prefix": SAVED, "overwrite": False},
@@ -150,14 +153,14 @@ QUANTIZE = Workflow(
         "picture": Node(
             "SaveImage", {"images": ("decode", 0), "filename_prefix": "ldmq/quantized"}, (2120, 420, 420, 520)
         ),
-        "told": text("quantize", 1, (1340, 800, 340, 180), "What was quantized"),
+        "told": text("quantize", 1, (1340, 980, 340, 160), "What was quantized"),
     },
     (
-        Group("Model and prompts", (20, 240, 420, 760)),
-        Group("Measure", (480, 240, 380, 760), PURPLE),
-        Group("Decide", (880, 240, 420, 760), PURPLE),
-        Group("Calibrate and quantize", (1320, 240, 380, 760), PURPLE),
-        Group("Save and use", (1720, 240, 840, 760), GREEN),
+        Group("Model and prompts", (20, 240, 420, 930)),
+        Group("Measure", (480, 240, 380, 930), PURPLE),
+        Group("Decide", (880, 240, 420, 930), PURPLE),
+        Group("Calibrate and quantize", (1320, 240, 380, 930), PURPLE),
+        Group("Save and use", (1720, 240, 840, 930), GREEN),
     ),
 )
 
@@ -198,11 +201,7 @@ COMPARE = Workflow(
             {"model": ("checkpoint", 0), "plan": ("plan", 0), **MEASURED, "selection": "first-step", **MEASURING},
             (1340, 320, 340, 0),
         ),
-        "quantize": Node(
-            "ldmq_quantize",
-            {"model": ("checkpoint", 0), "plan": ("plan", 0), "calibration": ("calibrate", 0)},
-            (1340, 680, 340, 0),
-        ),
+        "quantize": quantize(1340, 650),
         "compare": Node(
             "ldmq_compare",
             {"reference": ("checkpoint", 0), "model": ("quantize", 0), "vae": ("checkpoint", 2), **MEASURED, **SAMPLER},

@@ -60,6 +60,39 @@ def test_a_workflow_keeps_its_values_and_sends_its_api_copy(frontend: Frontend, 
     assert frontend.prompt() == json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def test_a_file_from_before_reconstruction_opens_with_its_values(frontend: Frontend) -> None:
+    """Widgets have values by position; one that came later keeps its default."""
+    workflow = json.loads((FOLDER / "quick_start_bundled_model.json").read_text(encoding="utf-8"))
+    loader = next(node for node in workflow["nodes"] if node["type"] == "ldmq_pipeline_loader")
+    loader["inputs"] = [one for one in loader["inputs"] if one["name"] != "reconstruct"]
+    loader["widgets_values"] = ["emoji-sd (comes with LDM-Q)", "Safe", "", "size<=0.3x", "uniform", 7, "float32"]
+    sent = sent_of(frontend, workflow, loader)
+    assert list(sent.values()) == [*loader["widgets_values"], "none"]
+
+
+def test_a_quantize_node_from_before_reconstruction_keeps_its_links(frontend: Frontend) -> None:
+    workflow = json.loads((FOLDER / "compare_float_and_quantized.json").read_text(encoding="utf-8"))
+    node = next(node for node in workflow["nodes"] if node["type"] == "ldmq_quantize")
+    gone = {one["link"] for one in node["inputs"][3:]} - {None}
+    node["inputs"] = node["inputs"][:3]
+    del node["widgets_values"]
+    workflow["links"] = [link for link in workflow["links"] if link[0] not in gone]
+    for other in workflow["nodes"]:
+        for output in other.get("outputs", ()):
+            output["links"] = [link for link in output["links"] or () if link not in gone]
+    sent = sent_of(frontend, workflow, node)
+    assert [name for name, value in sent.items() if isinstance(value, list)] == ["model", "plan", "calibration"]
+    assert sent["reconstruct"] == "none"
+
+
+def sent_of(frontend: Frontend, workflow: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    """What the prompt of a workflow says about one of its nodes."""
+    frontend.load(workflow)
+    assert frontend.missing_types() == []
+    assert frontend.errors == []
+    return frontend.prompt()[str(node["id"])]["inputs"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nodes_lie_beside_each_other(frontend: Frontend, name: str) -> None:
     opened(frontend, name)
