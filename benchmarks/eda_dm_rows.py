@@ -22,7 +22,9 @@ STEPS = 20
 FOLDERS |= {name: HERE / "models" / name for name in ("cifar-ddim", "cifar-classes", "cifar-unconditional")}
 GUIDANCE = {"bundled": 5.0, "cifar-classes": 2.0}
 CALIBRATING, HELD_OUT = 128, 32
-"""Trajectories of each of two calibrating calls, and of the calls that select and verify (bundled: a quarter)."""
+"""Trajectories of each of two calibrating calls, and of those that select and verify (bundled: a half, a quarter)."""
+CAPTIONS = HERE / "emoji_captions.txt"
+"""What the bundled model learns from: names of emoji that are neither its demonstration's captions nor its prompts."""
 
 # The released code's way in the iterations that a row may take (120 to 500, there 1,000 to 5,000): its rates for
 # CIFAR-10, the largest; its steps learn in their own scale, ours in that of their logarithm.
@@ -88,9 +90,9 @@ def recording_of(model: str, pipe: Any) -> Recording:
     if model in GUIDANCE:
         common["guidance_scale"] = GUIDANCE[model]
     if model == "bundled":
-        texts = demo_captions()
-        parts = [texts[:8], texts[8:16], texts[16:24], texts[24:32]]
-        inputs = [{"prompt": part, "num_images_per_prompt": 8 if k < 2 else 1} for k, part in enumerate(parts)]
+        texts, judged = CAPTIONS.read_text(encoding="utf-8").splitlines(), demo_captions()
+        half = len(texts) // 2
+        inputs = [{"prompt": part} for part in (texts[:half], texts[half:], judged[16:24], judged[24:32])]
     else:
         counts = (CALIBRATING, CALIBRATING, HELD_OUT, HELD_OUT)
         by_class = model == "cifar-classes"

@@ -4,9 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from comfy_api.latest import io
-
 from comfy.samplers import KSampler
+from comfy_api.latest import io
 
 from .payloads import RECONSTRUCTIONS
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import UNBATCHED, Batch, parts
+from .calls import UNBATCHED, Batch, flatten, parts
 from .errors import CalibrationError, OutputError
 from .units import Unit, in_place, row_bytes, watch, watch_arguments
 
@@ -118,6 +118,18 @@ def gather_exact(
         name: UnitRows({**given.constants, **given.columns}, {}, outputs.columns, layers.columns, count)
         for name, (given, outputs, layers) in ((n, [c.complete() for c in three]) for n, three in found.items())
     }
+
+
+def gather_calls(batches: Sequence[Batch], path: str, layers: dict[str, Tensor], store: ActivationStore) -> UnitRows:
+    """The denoiser itself as a unit, from what the batches hold. path: of its output; layers: as in UnitRows, of any
+    number of rows."""
+    count = sum(batch.output.shape[0] for batch in batches)
+    given, outputs = _Columns("the denoiser, argument", count, store), _Columns("the denoiser, output", count, store)
+    for batch in batches:
+        given.add(flatten(batch.kwargs), batch)
+        outputs.add({path: batch.output}, batch)
+    found = given.complete()
+    return UnitRows({**found.constants, **found.columns}, {}, outputs.complete().columns, layers, count)
 
 
 def with_rounded(

@@ -12,6 +12,8 @@ from .specs import LayerState, parse_scheme
 from .tables import LayerTable
 
 FORMAT_VERSION = 1
+TOGETHER = "all layers together"
+"""Stands for a unit where the scales of all were learned at the denoiser's output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +193,8 @@ class Reconstructed:
     """What learning the rounding of one unit brought, as SQNR in dB of its own output behind quantized layers, on
     samples that it did not learn from.
 
-    layers: how many it has; before: as it was given; soft: as learned, undecided where rounding is soft; after: as it
-    runs; kept: it is better than before and part of the calibration.
+    unit: its name, or TOGETHER; layers: how many it has; before: as it was given; soft: as learned, undecided where
+    rounding is soft; after: as it runs; kept: it is better than before and part of the calibration.
     """
 
     unit: str

@@ -17,7 +17,7 @@ from .metrics import told_db
 from .pictures import comparison_sheet, picture_scores
 from .plots import output_curve, plot_sqnr
 from .specs import parse_scheme
-from .summary import mb, size_data
+from .summary import mb, reconstruction_told, size_data
 from .version import __version__
 
 SQNR_PLOT, SAMPLES = "sqnr.png", "samples.png"
@@ -154,7 +154,9 @@ def _body(card: Card, figures: set[str]) -> str:
         layer_count=len(quantized),
         float_layers=[name for name, scheme in card.layers.items() if scheme == "float"],
         low=sorted({scheme for scheme in quantized if scheme.startswith("w4")}),
-        reconstruction=[unit for unit in card.report.reconstruction if unit.kept] if card.report else [],
+        reconstruction=reconstruction_told(card.report.reconstruction)
+        if card.report and any(unit.kept for unit in card.report.reconstruction)
+        else "",
         corrections=[trial for trial in card.report.corrections if trial.kept] if card.report else [],
         dtype_argument="" if card.dtype == "float32" else f", torch_dtype=torch.{card.dtype}",
         calibration=_calibration(card.report),

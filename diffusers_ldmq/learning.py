@@ -8,17 +8,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .activations import UnitRows
-from .calls import evaluating, unflatten
+from .calls import InMemory, evaluating, unflatten
 from .errors import CalibrationError
 from .layers import QuantizedLayer, quantize_layer
 from .metrics import energy
-from .rounding import Drops, LearnedLayer
+from .rounding import Drops, LearnedLayer, Rounding
 from .specs import LayerState
 from .units import Unit, in_place, output_tensors
 
@@ -40,11 +40,11 @@ class LearningSettings:
     along a cosine; 0 = not learned; drop: share of inputs that stay unrounded (QDrop);
     mix: share of the unit's input that comes from the float run; rounding: 'straight', every weight is rounded up or
     down all along and the gradient passes straight through (no gap to close at the end), or 'soft', it lies between the
-    two while it is learned (AdaRound); decide: weight of the push of a soft rounding to a decision, relative to the
-    loss of rounding to nearest; 0 as EDA-DM's released code.
+    two while it is learned (AdaRound), or 'settled', it stays as it is; decide: weight of the push of a soft rounding
+    to a decision, relative to the loss of rounding to nearest; 0 as EDA-DM's released code.
     """
 
-    iterations: int = 500
+    iterations: int = 300
     batch: int = 32
     gamma: float = 0.8
     block: float = 1.0
@@ -53,7 +53,7 @@ class LearningSettings:
     vector_rate: float = 5e-3
     drop: float = 0.0
     mix: float = 0.0
-    rounding: Literal["straight", "soft"] = "straight"
+    rounding: Rounding = "straight"
     decide: float = 1.0
 
     def __post_init__(self) -> None:
@@ -67,14 +67,15 @@ class LearningSettings:
             "vector_rate": self.vector_rate >= 0,
             "drop": 0 <= self.drop <= 1,
             "mix": 0 <= self.mix <= 1,
-            "rounding": self.rounding in ("straight", "soft"),
+            "rounding": self.rounding in get_args(Rounding),
             "decide": self.decide >= 0,
         }
         for name, holds in checks.items():
             if not holds:
                 raise CalibrationError(
-                    f"{name}={getattr(self, name)!r} cannot be learned with; rounding is 'straight' or 'soft', drop "
-                    f"and mix are shares, counts start at 1, weights and rates at 0 (block and gamma not both 0)"
+                    f"{name}={getattr(self, name)!r} cannot be learned with; rounding is one of "
+                    f"{', '.join(get_args(Rounding))}, drop and mix are shares, counts start at 1, weights and rates "
+                    f"at 0 (block and gamma not both 0)"
                 )
 
 
@@ -105,9 +106,8 @@ class UnitLearner:
         self.denoiser, self.unit, self.rows, self.settings, self.generator = denoiser, unit, rows, settings, generator
         self.states, self.device = states, next(iter(states.values())).weight.device
         self.drops, self.mixing = Drops(settings.drop, generator), Drops(settings.mix, generator)
-        straight = settings.rounding == "straight"
         self.layers = {
-            name: LearnedLayer(denoiser.get_submodule(name), states[name], self.drops, straight=straight)
+            name: LearnedLayer(denoiser.get_submodule(name), states[name], self.drops, rounding=settings.rounding)
             for name in unit.layers
         }
         for name, layer in self.layers.items():
@@ -115,6 +115,7 @@ class UnitLearner:
                 layer.spread = _energy(rows.layers[name]) ** 0.5 / rows.layers[name][0].numel() ** 0.5
         self.targets = self._layer_targets()
         self.sensitivity: dict[str, Tensor] = {}
+        self.rows_at_once = settings.batch  # of one pass; fewer need less memory and give the same
         self.energies = {key: _energy(value) for key, value in {**rows.outputs, **self.targets}.items()}
         every = torch.arange(rows.count)
         held_out = every % HELD_OUT == HELD_OUT - 1
@@ -129,8 +130,6 @@ class UnitLearner:
 
     def loss(self, rows: Tensor, *, mixed: bool) -> Tensor:
         """The loss of some rows, int64 [n]. mixed: part of the input comes from the float run."""
-        for layer in self.layers.values():
-            layer.seen.clear()
         outputs = self._outputs(rows, mixed)
         block = self._block_error(outputs, rows, weighted=True)
         loss = self.settings.block * block if self.targets else block
@@ -140,12 +139,20 @@ class UnitLearner:
         return loss
 
     def _outputs(self, rows: Tensor, mixed: bool) -> dict[str, Tensor]:
+        for layer in self.layers.values():
+            layer.seen.clear()
         flat = self.rows.arguments(rows, self.mixing.mask if mixed else None)
-        given = unflatten({p: v.to(self.device) if isinstance(v, Tensor) else v for p, v in flat.items()})
+        given = unflatten({path: self._placed(value) for path, value in flat.items()})
         positions = sorted((key for key in given if key.startswith("#")), key=lambda key: int(key[1:]))
         args = [given.pop(key) for key in positions]
         found = output_tensors(self.denoiser.get_submodule(self.unit.name)(*args, **given))
         return {path: found[path] for path in self.rows.outputs}
+
+    def _placed(self, value: Any) -> Any:
+        """An argument as one call takes it."""
+        if isinstance(value, InMemory):
+            return value.fresh()
+        return value.to(self.device) if isinstance(value, Tensor) else value
 
     def _error(self, key: str, found: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Squared error over the target's mean energy; weight: of the elements of one row, mean 1."""
@@ -175,35 +182,49 @@ class UnitLearner:
         return {name: quantize_layer(self.denoiser.get_submodule(name), state) for name, state in states.items()}
 
     def _optimise(self, before: float, told: Callable[[int], None] | None) -> None:
-        chosen, layers = self.settings, list(self.layers.values())
-        steps = [layer.log_step for layer in layers if layer.log_step is not None]
-        groups = [{"params": [layer.rounding for layer in layers], "lr": chosen.weight_rate}]
-        groups += [{"params": steps, "lr": chosen.step_rate}] if steps and chosen.step_rate else []
-        vectors = [vector for layer in layers for vector in layer.vectors()]
-        groups += [{"params": vectors, "lr": chosen.vector_rate}] if chosen.vector_rate else []
-        optimizer = torch.optim.Adam(groups)
+        chosen, optimizer = self.settings, self._optimizer()
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, chosen.iterations)
         for iteration in range(chosen.iterations):
             picked = torch.randint(len(self.learned_rows), (chosen.batch,), generator=self.generator)
             rows = self.learned_rows[picked]
-            with torch.enable_grad():
-                loss = self.loss(rows, mixed=True)
-                undecided = self._undecided(iteration / chosen.iterations)
-                optimizer.zero_grad()
-                (loss if undecided is None else loss + chosen.decide * before * undecided).backward()
-            if not torch.isfinite(loss):
+            optimizer.zero_grad()
+            loss = self._backward(rows, chosen.decide * before, iteration / chosen.iterations)
+            if not math.isfinite(loss):
                 raise CalibrationError(
-                    f"reconstructing {self.unit.name!r}: the loss is {loss.item()} in iteration {iteration}; lower "
-                    f"the learning rates (weight_rate {chosen.weight_rate:g}, step_rate {chosen.step_rate:g})"
+                    f"reconstructing {self.unit.label!r}: the loss is {loss} in iteration {iteration}; lower the "
+                    f"learning rates (weight_rate {chosen.weight_rate:g}, step_rate {chosen.step_rate:g}, vector_rate "
+                    f"{chosen.vector_rate:g})"
                 )
             optimizer.step()
             schedule.step()
             if told is not None:
                 told(iteration + 1)
 
+    def _optimizer(self) -> torch.optim.Optimizer:
+        layers, chosen = list(self.layers.values()), self.settings
+        learned = {
+            "rounding": ([layer.rounding for layer in layers], chosen.weight_rate),
+            "steps": ([layer.log_step for layer in layers], chosen.step_rate),
+            "vectors": ([vector for layer in layers for vector in layer.vectors()], chosen.vector_rate),
+        }
+        groups = [([each for each in found if each is not None], rate) for found, rate in learned.values()]
+        return torch.optim.Adam([{"params": found, "lr": rate} for found, rate in groups if found and rate])
+
+    @torch.enable_grad()
+    def _backward(self, rows: Tensor, push: float, progress: float) -> float:
+        """Adds the gradients of some rows, int64 [n], a few at a time; returns their loss. push: weight of the
+        rounding's undecidedness; progress: share of the iterations that are done."""
+        whole = 0.0
+        for part in rows.split(self.rows_at_once):
+            loss, undecided = self.loss(part, mixed=True), self._undecided(progress)
+            share = len(part) / len(rows)
+            (share * (loss if undecided is None else loss + push * undecided)).backward()
+            whole += share * loss.item()
+        return whole
+
     def _undecided(self, progress: float) -> Tensor | None:
         """How undecided the layers are, from the warm-up on ever more sharply told; their mean."""
-        if progress < WARM_UP or not self.settings.decide or self.settings.rounding == "straight":
+        if progress < WARM_UP or not self.settings.decide or self.settings.rounding != "soft":
             return None
         start, end = SHARPNESS
         part = (progress - WARM_UP) / (1 - WARM_UP)
@@ -217,7 +238,7 @@ class UnitLearner:
         share, self.drops.share = self.drops.share, 0.0
         error = 0.0
         with in_place(self.denoiser, layers):
-            for rows in self.judged_rows.split(self.settings.batch):
+            for rows in self.judged_rows.split(self.rows_at_once):
                 outputs = self._outputs(rows, mixed=False)
                 error += float(self._block_error(outputs, rows, weighted=False)) * len(rows)
         self.drops.share = share

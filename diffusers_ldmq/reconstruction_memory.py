@@ -94,8 +94,8 @@ class ReconstructionMemory:
             found = {name: _state(states[name], name, tensors) for name in unit.layers}
             for name, state in found.items():
                 check_state(state, geometry_of(denoiser.get_submodule(name)))
-            if figures.unit != unit.name:
-                raise CheckpointError(f"holds unit {figures.unit!r}, expected {unit.name!r}")
+            if figures.unit != unit.label:
+                raise CheckpointError(f"holds unit {figures.unit!r}, expected {unit.label!r}")
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as cause:
             raise CheckpointError(f"{path}: is damaged ({cause}); delete it, and that unit is learned again") from None
         return found, figures

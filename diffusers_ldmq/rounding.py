@@ -2,19 +2,31 @@
 
 Sources: AdaRound (arXiv 2004.10568, section 3.2) for the weights, LSQ (arXiv 1902.08153, section 2) for the step sizes,
 QDrop (arXiv 2203.05740) for leaving single inputs unrounded while learning; EDA-DM (arXiv 2401.04585) learns all at
-once.
+once; EfficientQAT (arXiv 2407.11062) the scales alone of weights whose codes stay.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .affine import QParams, input_to_quantize, qdq, quantize_weight, token_qparams, weight_rows, weight_to_quantize
+from .affine import (
+    QParams,
+    input_to_quantize,
+    qdq,
+    quantize_weight,
+    token_qparams,
+    weight_codes,
+    weight_rows,
+    weight_to_quantize,
+)
 from .backends.reference import dense, low_rank_output, output_vector
 from .specs import LayerState, geometry_of
 
+Rounding = Literal["straight", "soft", "settled"]
+"""How the rounding of weights behaves while it is learned: every weight is rounded up or down and the gradient passes
+straight through; it lies between the two (AdaRound); it stays what it is."""
 STRETCH = 0.1
 """The sigmoid is stretched by so much beyond 0 and 1 and clipped, so that it reaches both (AdaRound, equation 23)."""
 
@@ -44,36 +56,41 @@ class Drops:
 class LearnedLayer(nn.Module):
     """Stands in a Linear's or Conv2d's place while its rounding is learned; `weight` is the float one.
 
-    rounding: fp32 [N, groups, group_size], the logits of rounding up; log_step: fp32 [], of a static input scale;
+    rounding: fp32 [N, groups, group_size], the logits of rounding up, None where it is settled: the state's codes stay;
+    log_step: fp32 [], of a static input scale;
     log_gain: fp32 [N, groups, 1], by what the weight scales grow; shift: fp32 [N], what the bias grows by, in units of
     the output's `spread`, None where there is no bias. Both cost nothing at run time.
     seen: the outputs of the forwards since it was emptied; decided: run with every weight rounded up or down;
     straight: the same while learning, with the gradient of the soft rounding.
     """
 
-    def __init__(self, layer: nn.Module, state: LayerState, drops: Drops, *, straight: bool = False) -> None:
+    def __init__(self, layer: nn.Module, state: LayerState, drops: Drops, *, rounding: Rounding = "soft") -> None:
         super().__init__()
         weight, spec = layer.weight, state.scheme.weight
         assert isinstance(weight, Tensor)
         assert spec is not None
         self.state, self.drops, self.spec, self.geometry = state, drops, spec, geometry_of(layer)
         self.weight, self.bias = weight.detach(), None if state.bias is None else state.bias.detach()
-        rows = weight_rows(weight_to_quantize(self.weight, state), spec)
-        self.scale = state.weight_scale.detach().float().reshape(rows.shape[0], -1, 1)
-        scaled = rows * self.scale.reciprocal()
-        self.floor = scaled.floor()
-        self.rounding = nn.Parameter(_logit(scaled - self.floor))
+        self.scale = state.weight_scale.detach().float().reshape(self.weight.shape[0], -1, 1)
+        if rounding == "settled":
+            self.floor, self.rounding = weight_rows(weight_codes(state, self.weight.shape), spec), None
+        else:
+            scaled = weight_rows(weight_to_quantize(self.weight, state), spec) * self.scale.reciprocal()
+            self.floor = scaled.floor()
+            self.rounding = nn.Parameter(_logit(scaled - self.floor))
         static = state.input_scale
         self.log_step = nn.Parameter(static.detach().log()) if static is not None else None
         self.log_gain = nn.Parameter(torch.zeros_like(self.scale))
         self.shift = None if self.bias is None else nn.Parameter(torch.zeros_like(self.bias, dtype=torch.float32))
         self.spread = 1.0
         self.seen: list[Tensor] = []
-        self.decided, self.straight = False, straight
+        self.decided, self.straight = False, rounding == "straight"
 
     def upwards(self) -> Tensor:
         """How far every weight is rounded up, 0..1: fp32, shape of `rounding` (AdaRound, equation 23); 0 or 1 where it
-        is decided, or straight, then with the gradient of what it would be otherwise (STE)."""
+        is decided, or straight, then with the gradient of what it would be otherwise (STE); 0 where it is settled."""
+        if self.rounding is None:
+            return torch.zeros(())
         decided = (self.rounding >= 0).float()
         if self.decided:
             return decided
@@ -125,15 +142,20 @@ class LearnedLayer(nn.Module):
     @torch.no_grad()
     def hardened(self) -> LayerState:
         """The state with every weight rounded the way it leans, and the learned scales and bias."""
-        codes = self.floor + (self.rounding >= 0)
-        rows = (codes.clamp(self.spec.qmin, self.spec.qmax) * self.scale).flatten(1)[:, : self.geometry.columns]
-        qparams = QParams(self.scale, torch.zeros_like(self.scale, dtype=torch.int32))
-        weight, _ = quantize_weight(rows.reshape(self.geometry.shape), qparams, self.spec)
         step = self.state.input_scale if self.log_step is None else self.log_step.detach().exp()
         scale = (self.scale * self.log_gain.exp()).reshape(self.state.weight_scale.shape)
         bias = self._bias()
         bias = None if bias is None or self.bias is None else bias.to(self.bias.dtype)
-        return replace(self.state, weight=weight, weight_scale=scale, bias=bias, input_scale=step)
+        return replace(self.state, weight=self._codes(), weight_scale=scale, bias=bias, input_scale=step)
+
+    def _codes(self) -> Tensor:
+        """Every weight rounded the way it leans, as states hold it."""
+        if self.rounding is None:
+            return self.state.weight
+        codes = self.floor + (self.rounding >= 0)
+        rows = (codes.clamp(self.spec.qmin, self.spec.qmax) * self.scale).flatten(1)[:, : self.geometry.columns]
+        qparams = QParams(self.scale, torch.zeros_like(self.scale, dtype=torch.int32))
+        return quantize_weight(rows.reshape(self.geometry.shape), qparams, self.spec)[0]
 
 
 def _rectified(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .artifacts import Plan, Reconstructed, Report
+from .artifacts import TOGETHER, Plan, Reconstructed, Report
 from .companions import Companion
 from .metrics import told_db
 from .pictures import PictureScores
@@ -171,10 +171,15 @@ def _reconstruction_lines(report: Report) -> list[tuple[str, str, str]]:
 
 
 def reconstruction_told(units: Sequence[Reconstructed]) -> str:
-    """What learning the rounding of these blocks brought, as text."""
-    kept = [unit for unit in units if unit.kept]
+    """What learning the rounding of these blocks, and then their scales together, brought, as text."""
+    blocks = [unit for unit in units if unit.unit != TOGETHER]
+    kept = [unit for unit in blocks if unit.kept]
     gain = sum(unit.after_db - unit.before_db for unit in kept) / max(len(kept), 1)
-    return f"{len(kept)} of {len(units)} blocks better, by {gain:.1f} dB on average at their own output"
+    told = f"{len(kept)} of {len(blocks)} blocks better, by {gain:.1f} dB on average at their own output"
+    for last in (unit for unit in units if unit.unit == TOGETHER):
+        what = f"{last.after_db - last.before_db:.1f} dB more" if last.kept else "no more"
+        told += f"; then {what} at the denoiser's, all scales together"
+    return told
 
 
 def mb(count: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .artifacts import TOGETHER
 from .calls import Batch, flatten, run
 from .errors import CalibrationError
 from .families import family_of
@@ -20,10 +21,16 @@ from .quantization import replace_layer
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """name: of the module in the denoiser; layers: full names of its quantized layers, as it registers them."""
+    """name: of the module in the denoiser, '' = the denoiser itself; layers: full names of its quantized layers, as it
+    registers them."""
 
     name: str
     layers: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """What people are told: the denoiser itself has no name in itself."""
+        return self.name or TOGETHER
 
     @property
     def is_layer(self) -> bool:

@@ -21,7 +21,7 @@ from diffusers_ldmq.reconstruction import FULL, ReconstructionSettings, fitted, 
 
 DenoiserOf = Callable[[str], Any]
 Recordings = Callable[[str], Recording]
-BRIEF = ReconstructionSettings(LearningSettings(iterations=6, batch=4), samples=6, selection="uniform")
+BRIEF = ReconstructionSettings(LearningSettings(iterations=6, batch=4), samples=6, selection="uniform", together=0)
 
 
 def calibrated(denoiser: Any, recording: Recording, scheme: str = "w4a8") -> Calibration:

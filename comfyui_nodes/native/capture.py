@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
 import comfy.samplers
+import torch
+from torch import Tensor, nn
+
 from diffusers_ldmq.errors import LDMQError, RecordingError
 from diffusers_ldmq.progress import Progress
 

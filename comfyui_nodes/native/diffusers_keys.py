@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import comfy.utils
 from torch import nn
 
-import comfy.utils
 from diffusers_ldmq.errors import CheckpointError, place
 from diffusers_ldmq.loading import more
 

@@ -14,13 +14,13 @@ from copy import copy, deepcopy
 from types import FrameType
 from typing import Any
 
+import comfy.model_management
+import comfy.ops
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-import comfy.model_management
-import comfy.ops
 from diffusers_ldmq.errors import LDMQError
 
 HEADROOM = 1.25

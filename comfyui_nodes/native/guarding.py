@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from comfy.patcher_extension import CallbacksMP
+
 from diffusers_ldmq.errors import LDMQError
 
 from .layer import LDMQLayer

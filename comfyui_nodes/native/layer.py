@@ -8,12 +8,12 @@ after packing and notices changes. ComfyUI must not see that layer, for it moves
 from dataclasses import replace
 from typing import Any
 
+import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import comfy.ops
 from diffusers_ldmq.errors import LDMQError
 from diffusers_ldmq.layers import QuantConv2d, QuantLinear
 from diffusers_ldmq.packing import ordinary

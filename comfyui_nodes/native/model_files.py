@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.model_management
 import torch
+from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
-import comfy.model_management
-from comfy.patcher_extension import CallbacksMP
 from diffusers_ldmq.errors import LDMQError
 from diffusers_ldmq.manifest import OPTIONAL
 from diffusers_ldmq.progress import Progress

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import comfy.model_base
 import comfy.ops
 import comfy.sd
+import torch
 from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
 from diffusers_ldmq.errors import CheckpointError, LDMQError, place
 from diffusers_ldmq.loading import more
 from diffusers_ldmq.quantization import replace_layer

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
-import comfy.utils
 from diffusers_ldmq.affine import QParams
 from diffusers_ldmq.artifacts import Plan
 from diffusers_ldmq.backends import choose_backend

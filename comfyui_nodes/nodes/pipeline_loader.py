@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from comfy_api.latest import io
-
 import comfy.model_management
+from comfy_api.latest import io
 
 from ..payloads import RECONSTRUCTIONS, SELECTIONS
 from ..pipeline_folders import BUNDLED, choices, model_of, stamp

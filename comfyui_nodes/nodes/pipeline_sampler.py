@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from comfy_api.latest import io
-
 import comfy.model_management
+from comfy_api.latest import io
 
 from ..running import running, show_text
 from ..sockets import PIPELINE, accepted, cfg_input, schema, seed_input, steps_input
