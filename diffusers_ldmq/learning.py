@@ -188,7 +188,7 @@ class UnitLearner:
             picked = torch.randint(len(self.learned_rows), (chosen.batch,), generator=self.generator)
             rows = self.learned_rows[picked]
             optimizer.zero_grad()
-            loss = self._backward(rows, chosen.decide * before, iteration / chosen.iterations)
+            loss = self.accumulate(rows, chosen.decide * before, iteration / chosen.iterations)
             if not math.isfinite(loss):
                 raise CalibrationError(
                     f"reconstructing {self.unit.label!r}: the loss is {loss} in iteration {iteration}; lower the "
@@ -211,7 +211,7 @@ class UnitLearner:
         return torch.optim.Adam([{"params": found, "lr": rate} for found, rate in groups if found and rate])
 
     @torch.enable_grad()
-    def _backward(self, rows: Tensor, push: float, progress: float) -> float:
+    def accumulate(self, rows: Tensor, push: float, progress: float) -> float:
         """Adds the gradients of some rows, int64 [n], a few at a time; returns their loss. push: weight of the
         rounding's undecidedness; progress: share of the iterations that are done."""
         whole = 0.0

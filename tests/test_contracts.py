@@ -200,6 +200,7 @@ ORDER = (
     ("noise", "curves", "units", "stacking", "rounding"),
     ("activations", "sensitivity", "reconstruction_memory"),
     ("learning",),
+    ("finishing",),
     ("profiling", "planning", "verification", "reconstruction"),
     ("correction",),
     ("timing", "data_free"),

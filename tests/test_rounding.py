@@ -1,6 +1,7 @@
 """A layer whose rounding is learned: it starts as the float layer, decides as rounding to nearest would, and what it
 becomes is what its integers compute."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -92,6 +93,7 @@ def test_half_precision_layers_learn_too(scheme: str, dtype: torch.dtype) -> Non
     out = learned(x.to(dtype))
     assert out.dtype == dtype
     out.float().sum().backward()
+    assert learned.rounding is not None
     assert learned.rounding.grad is not None
 
 
@@ -100,6 +102,7 @@ def test_what_was_learned_is_what_the_state_says(kind: str) -> None:
     layer, state, x = made(kind, "w4a8")
     learned = LearnedLayer(layer, state, no_drops())
     assert learned.log_step is not None
+    assert learned.rounding is not None
     with torch.no_grad():
         learned.rounding.copy_(torch.randn(learned.rounding.shape, generator=torch.Generator().manual_seed(2)))
         learned.log_step.add_(0.3)
@@ -163,6 +166,24 @@ def test_undecided_is_nothing_where_everything_is_decided() -> None:
     layer, state, _ = made("linear", "w4a8")
     learned = LearnedLayer(layer, state, no_drops())
     assert float(learned.undecided(20.0).detach()) > 0.5
+    assert learned.rounding is not None
     with torch.no_grad():
         learned.rounding.fill_(10.0)
     assert float(learned.undecided(2.0).detach()) == 0.0
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_settled_codes_stay_and_only_what_costs_nothing_is_learned(kind: str, scheme: str) -> None:
+    layer, state, x = made(kind, scheme)
+    learned = LearnedLayer(layer, state, no_drops(), rounding="settled")
+    with torch.no_grad():
+        assert sqnr(quantize_layer(layer, state)(x), learned(x)) > 90
+        for vector in learned.vectors():
+            vector.add_(0.1)
+        found = learned.hardened()
+        assert torch.equal(found.weight, state.weight)
+        assert torch.allclose(found.weight_scale, state.weight_scale * math.exp(0.1), rtol=1e-6)
+        assert sqnr(quantize_layer(layer, found)(x), learned(x)) > 90
+    assert learned.rounding is None
+    assert {name for name, _ in learned.named_parameters()} <= {"log_step", "log_gain", "shift"}
