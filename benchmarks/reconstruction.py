@@ -5,7 +5,7 @@
 Rows: which steps the samples come from (TDAC, uniform, normal, first step) at equal numbers of samples, for ranges
 alone and for learning; the losses (block + layers, block alone, layers alone; plain or Hessian); the rounding
 (straight through, AdaRound with and without its push to a decision). All learn for as long, and briefly, so that rows
-can be compared; the presets (`--only preset`) learn as `ldmq quantize --reconstruct quick` and `full` do. Besides,
+can be compared, and block by block alone but for "then all scales together"; the presets (`--only preset`) learn as `ldmq quantize --reconstruct quick` and `full` do. Besides,
 what corrections of the output or of the time path would bring (PTQD, TFMQ-DM).
 """
 
@@ -28,14 +28,15 @@ from diffusers_ldmq.quantization import quantized_for_now
 from diffusers_ldmq.reconstruction import PRESETS, ReconstructionSettings, reconstruct
 from diffusers_ldmq.terminal import quiet_libraries, stages
 
-BRIEF = ReconstructionSettings(LearningSettings(iterations=60), samples=64)
+BRIEF = ReconstructionSettings(LearningSettings(iterations=60), samples=64, together=0)
 SELECTIONS = ("tdac", "uniform", "normal", "first-step")
 SOFT = {"rounding": "soft", "weight_rate": 0.1}
 LEARNING: dict[str, dict[str, Any]] = {
     "block + layers, gamma 0.8": {},
     "block alone, gamma 0": {"gamma": 0.0},
     "layers alone": {"block": 0.0, "gamma": 1.0},
-    "no drops, no mixing": {"drop": 0.0, "mix": 0.0},
+    "half of the inputs unrounded or float (QDrop)": {"drop": 0.5, "mix": 0.5},
+    "without scales and biases": {"vector_rate": 0.0},
     "AdaRound, pushed to decide": {**SOFT, "decide": 30.0},
     "AdaRound, not pushed": {**SOFT, "decide": 0.0},
     "AdaRound, not pushed, rate 0.5": {**SOFT, "decide": 0.0, "weight_rate": 0.5},
@@ -124,8 +125,13 @@ def rows(bench: Bench) -> dict[str, Callable[[], dict[str, Any]]]:
     for name, change in LEARNING.items():
         settings = replace(BRIEF, learning=replace(BRIEF.learning, **change))
         found[f"w4a8 learned: {name}"] = lambda n=name, s=settings: bench.learned(n, s)
-    hessian = replace(BRIEF, weighting="hessian")
-    found["w4a8 learned: Hessian"] = lambda: bench.learned("Hessian", hessian)
+    others = {
+        "Hessian": {"weighting": "hessian"},
+        "then all scales together": {"together": 40, "together_samples": 512},
+    }
+    for name, change in others.items():
+        settings = replace(BRIEF, **change)
+        found[f"w4a8 learned: {name}"] = lambda n=name, s=settings: bench.learned(n, s)
     for selection in SELECTIONS[1:]:
         chosen = replace(BRIEF, selection=selection)
         found[f"w4a8 learned on: {selection}"] = lambda n=selection, s=chosen: bench.learned(n, s)
