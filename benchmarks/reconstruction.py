@@ -5,8 +5,9 @@
 Rows: which steps the samples come from (TDAC, uniform, normal, first step) at equal numbers of samples, for ranges
 alone and for learning; the losses (block + layers, block alone, layers alone; plain or Hessian); the rounding
 (straight through, AdaRound with and without its push to a decision). All learn for as long, and briefly, so that rows
-can be compared, and block by block alone but for "then all scales together"; the presets (`--only preset`) learn as `ldmq quantize --reconstruct quick` and `full` do. Besides,
-what corrections of the output or of the time path would bring (PTQD, TFMQ-DM).
+can be compared, and block by block alone but for "then all scales together"; the presets (`--only preset`) learn as
+`ldmq quantize --reconstruct quick` and `full` do. Besides, what corrections of the output or of the time path would
+bring (PTQD, TFMQ-DM).
 """
 
 from collections.abc import Callable
