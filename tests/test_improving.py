@@ -26,7 +26,13 @@ def test_plans_that_a_target_has_raised_are_each_reconstructed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    brief = replace(reconstruction.QUICK, learning=LearningSettings(iterations=2, batch=4), samples=4)
+    brief = replace(
+        reconstruction.QUICK,
+        learning=LearningSettings(iterations=2, batch=4),
+        samples=4,
+        together=2,
+        together_samples=8,
+    )
     monkeypatch.setitem(reconstruction.PRESETS, "quick", brief)
     asked = Settings(planner="uniform", scheme="w4a8", reconstruction="quick", target="sqnr>=20dB", corrections="bias")
     outcome = quantize_pipeline(make("pixel"), inputs_of("pixel"), asked, memory=tmp_path)

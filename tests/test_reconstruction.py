@@ -78,7 +78,8 @@ def test_learning_the_trained_model_at_four_bits_gains_on_calls_it_has_not_seen(
     kept = tuple(info.name for info in table.layers if info.name not in names)
     plan = make_plan(table, planner="uniform", scheme="w4a8", keep_float=kept)
     calibration = calibrate(denoiser, plan, recording, selection="uniform", observer="mse")
-    settings = ReconstructionSettings(LearningSettings(iterations=60, batch=16), samples=16, selection="uniform")
+    learning = LearningSettings(iterations=60, batch=16)
+    settings = ReconstructionSettings(learning, samples=16, selection="uniform", together=0)
     found, _ = reconstruct(denoiser, calibration, recording, settings)
 
     def reached(calibration: Calibration) -> float:

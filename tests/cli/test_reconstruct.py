@@ -13,7 +13,9 @@ from diffusers_ldmq import reconstruction
 from diffusers_ldmq.learning import LearningSettings
 from diffusers_ldmq.terminal import Stages
 
-BRIEF = replace(reconstruction.QUICK, learning=LearningSettings(iterations=3, batch=4), samples=4)
+BRIEF = replace(
+    reconstruction.QUICK, learning=LearningSettings(iterations=3, batch=4), samples=4, together=2, together_samples=8
+)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,13 @@ from diffusers_ldmq.errors import LDMQError
 from diffusers_ldmq.learning import LearningSettings
 
 ITERATIONS = 3
-BRIEF = replace(reconstruction.QUICK, learning=LearningSettings(iterations=ITERATIONS, batch=4), samples=4)
+BRIEF = replace(
+    reconstruction.QUICK,
+    learning=LearningSettings(iterations=ITERATIONS, batch=4),
+    samples=4,
+    together=2,
+    together_samples=8,
+)
 QUIET: Any = lambda *told: None  # noqa: E731
 
 
