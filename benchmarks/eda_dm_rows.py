@@ -62,24 +62,24 @@ ROWS = (
     Row("W8A8 min-max", "w8a8", observer="minmax"),
     Row("W8A8 Q-Diffusion-type", "w8a8", learning=Q_DIFFUSION, corrections=SPLIT),
     Row("W8A8 EDA-DM", "w8a8", "tdac", learning=EDA_DM, corrections=SPLIT),
-    Row("W8A8 ours", "w8a8", "tdac", learning=OURS),
+    Row("W8A8 ours", "w8a8", "normal", learning=OURS),
     Row("W4A8 round to nearest", "w4a8"),
     Row("W4A8 Q-Diffusion-type", "w4a8", learning=Q_DIFFUSION, corrections=SPLIT),
     Row("W4A8 EDA-DM", "w4a8", "tdac", learning=EDA_DM, corrections=SPLIT),
-    Row("W4A8 ours", "w4a8", "tdac", learning=OURS),
+    Row("W4A8 ours", "w4a8", "normal", learning=OURS),
     Row("W4A4 EDA-DM", "w4a4", "tdac", learning=EDA_DM, corrections=SPLIT),
-    Row("W4A4 ours", "w4a4", "tdac", learning=OURS),
+    Row("W4A4 ours", "w4a4", "normal", learning=OURS),
 )
 LONG = (
     Row("W4A8 EDA-DM, long", "w4a8", "tdac", learning=EDA_DM, corrections=SPLIT, long=True),
-    Row("W4A8 ours, long", "w4a8", "tdac", learning=OURS, long=True),
+    Row("W4A8 ours, long", "w4a8", "normal", learning=OURS, long=True),
 )
 """With the setting for results instead of that for minutes."""
 LATER = (
-    Row("W4A8 ours, dilated", "w4a8", "tdac", learning=OURS, corrections=("dilate",)),
-    Row("W4A8 ours, low rank", "w4a8", "tdac", learning=OURS, corrections=("low-rank",)),
-    Row("W4A8 ours, dynamic", "w4a8-dyn", "tdac", learning=OURS),
-    Row("W4A8 ours, own samples", "w4a8", "tdac", learning=OURS, own_samples=True),
+    Row("W4A8 ours, dilated", "w4a8", "normal", learning=OURS, corrections=("dilate",)),
+    Row("W4A8 ours, low rank", "w4a8", "normal", learning=OURS, corrections=("low-rank",)),
+    Row("W4A8 ours, dynamic", "w4a8-dyn", "normal", learning=OURS),
+    Row("W4A8 ours, own samples", "w4a8", "normal", learning=OURS, own_samples=True),
 )
 """Methods after EDA-DM: DilateQuant, SVDQuant, ViDiT-Q, TCAQ-DM."""
 

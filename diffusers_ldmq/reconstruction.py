@@ -47,7 +47,7 @@ class ReconstructionSettings:
 
     learning: LearningSettings = field(default_factory=LearningSettings)
     samples: int = 256
-    selection: str | Selection = "tdac"
+    selection: str | Selection = "normal"
     weighting: Literal["plain", "hessian"] = "plain"
     seed: int = 0
     together: int = 160

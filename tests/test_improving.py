@@ -13,6 +13,14 @@ from diffusers_ldmq.job import quantize_pipeline
 from diffusers_ldmq.learning import LearningSettings
 from diffusers_ldmq.settings import Settings
 
+BRIEF = replace(
+    reconstruction.QUICK,
+    learning=LearningSettings(iterations=2, batch=4),
+    samples=4,
+    together=2,
+    together_samples=8,
+)
+
 
 def test_what_improves_a_calibration() -> None:
     assert not improves(Settings())
@@ -26,16 +34,21 @@ def test_plans_that_a_target_has_raised_are_each_reconstructed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    brief = replace(
-        reconstruction.QUICK,
-        learning=LearningSettings(iterations=2, batch=4),
-        samples=4,
-        together=2,
-        together_samples=8,
-    )
-    monkeypatch.setitem(reconstruction.PRESETS, "quick", brief)
+    monkeypatch.setitem(reconstruction.PRESETS, "quick", BRIEF)
     asked = Settings(planner="uniform", scheme="w4a8", reconstruction="quick", target="sqnr>=20dB", corrections="bias")
     outcome = quantize_pipeline(make("pixel"), inputs_of("pixel"), asked, memory=tmp_path)
     assert outcome.report.sqnr_db >= 20
     assert outcome.report.reconstruction
     assert len(list(tmp_path.iterdir())) > 1  # each plan has a folder of its own
+
+
+def test_ranges_and_learning_may_choose_their_samples_differently(
+    make: Callable[[str], Any], inputs_of: Callable[[str], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(reconstruction.PRESETS, "quick", BRIEF)
+    asked = Settings(planner="uniform", scheme="w4a8", reconstruction="quick", calibration="tdac")
+    outcome = quantize_pipeline(make("pixel"), inputs_of("pixel"), asked)
+    assert BRIEF.selection != "tdac"
+    assert outcome.recording.features is not None  # what TDAC looks at
+    assert outcome.report.calibration["selection"] == "tdac"
+    assert outcome.report.reconstruction
