@@ -29,7 +29,7 @@ from diffusers_ldmq.quantization import quantized_for_now
 from diffusers_ldmq.reconstruction import PRESETS, ReconstructionSettings, reconstruct
 from diffusers_ldmq.terminal import quiet_libraries, stages
 
-BRIEF = ReconstructionSettings(LearningSettings(iterations=60), samples=64, together=0)
+BRIEF = ReconstructionSettings(LearningSettings(iterations=60), samples=64, selection="tdac", together=0)
 SELECTIONS = ("tdac", "uniform", "normal", "first-step")
 SOFT = {"rounding": "soft", "weight_rate": 0.1}
 LEARNING: dict[str, dict[str, Any]] = {
