@@ -13,6 +13,7 @@ from .correction import correct
 from .planners import Target, plan_bytes, predict
 from .progress import StageProgress
 from .reconstruction import fitted, reconstruct
+from .selections import Selection, find_selection, first_step
 from .settings import Settings, corrections_of, reconstruction_of
 from .tables import LayerTable
 
@@ -29,6 +30,13 @@ class Improved:
 def improves(settings: Settings) -> bool:
     """True if something is to be done to a calibration."""
     return settings.corrections != "none" or settings.reconstruction != "none"
+
+
+def sample_selection(settings: Settings) -> str | Selection:
+    """What chooses the samples that are recorded and learned from: as for calibration, but learning needs all steps."""
+    chosen = reconstruction_of(settings.reconstruction)
+    first_only = find_selection(settings.calibration) is first_step
+    return chosen.selection if chosen is not None and first_only else settings.calibration
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +56,8 @@ class Improver:
         chosen = reconstruction_of(self.settings.reconstruction)
         if chosen is None:
             return Improved(calibration, trials, ())
-        chosen, told = fitted(replace(chosen, seed=self.settings.seed), self.recording), self.told
+        chosen, told = replace(chosen, seed=self.settings.seed, selection=sample_selection(self.settings)), self.told
+        chosen = fitted(chosen, self.recording)
         if memory is not None:  # plans may be raised: each has its own
             schemes = json.dumps(calibration.plan.quantized(), sort_keys=True)
             memory = memory / hashlib.sha256(schemes.encode()).hexdigest()[:8]

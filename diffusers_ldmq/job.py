@@ -17,6 +17,7 @@ from .closed_loop import Job
 from .companions import companions, quantize_companions, recast, refuse_upcast
 from .errors import LDMQError, PlanError, RecordingError
 from .families import find_denoiser, layer_table, refuse_compiled
+from .improving import sample_selection
 from .observers import OBSERVERS
 from .planners import PLANNERS, Target, candidates, fp32_bytes, parse_target, plan_bytes
 from .planning import kept_layers
@@ -25,7 +26,7 @@ from .profiling import ProfileSettings, profile_sqnr
 from .progress import StageProgress as Progress
 from .quantization import refuse_unfit
 from .recording import record_calls, try_one_step
-from .selections import Selection, find_selection, first_step
+from .selections import find_selection
 from .settings import Outcome, Settings, corrections_of, reconstruction_of
 from .specs import parse_scheme
 from .tables import LayerTable
@@ -71,8 +72,8 @@ def quantize_pipeline(
     if reload is None and target is not None:
         original = deepcopy(denoiser)
         reload = lambda: deepcopy(original)  # noqa: E731
-    asks_most = _most_asking(settings)
-    recording = record_calls(pipe, inputs, selection=asks_most, seed=settings.seed, progress=_stage(told, "record"))
+    sampled = sample_selection(settings)
+    recording = record_calls(pipe, inputs, selection=sampled, seed=settings.seed, progress=_stage(told, "record"))
     profile = _profile(denoiser, recording, settings, target, told)
     times = None
     if target is not None and target.min_speedup is not None and reload is not None:
@@ -138,15 +139,6 @@ def _refuse_size(settings: Settings, table: LayerTable, target: Target) -> None:
             f"({least / fp32_bytes(table):.3f}x of fp32); choose a smaller scheme such as w4a8, --keep-float none or a "
             f"larger target"
         )
-
-
-def _most_asking(settings: Settings) -> str | Selection:
-    """The selection that needs most of a recording: ranges and learned rounding may choose differently."""
-    chosen: list[str | Selection] = [settings.calibration]
-    if (reconstruction := reconstruction_of(settings.reconstruction)) is not None:
-        chosen.append(reconstruction.selection)
-    found = [(find_selection(each), each) for each in chosen]
-    return max(found, key=lambda one: (getattr(one[0], "needs_features", False), one[0] is not first_step))[1]
 
 
 def _refuse_unusable(pipe: Any, inputs: dict[str, Any], dtype: torch.dtype) -> None:

@@ -23,7 +23,8 @@ class Settings:
     keep_float: 'default', 'none' or comma-separated names; plan: given instead of planned;
     corrections: 'none', 'auto' (all kinds, on the layers that cause most noise) or comma-separated names;
     corrected_layers: how many of those that cause most noise are tried;
-    reconstruction: learning of all rounding, block by block: 'none', 'quick' (minutes) or 'full';
+    reconstruction: learning of all rounding, block by block: 'none', 'quick' (minutes) or 'full', on samples chosen as
+    for calibration, where those are of all steps;
     dtype: of the float rest and the layers' outputs (default: as loaded); seed: of the first recorded image;
     components: other models of the pipeline to quantize, name -> data-free scheme (none unless asked for)."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from diffusers_ldmq import reconstruction
-from diffusers_ldmq.improving import improves
+from diffusers_ldmq.improving import improves, sample_selection
 from diffusers_ldmq.job import quantize_pipeline
 from diffusers_ldmq.learning import LearningSettings
 from diffusers_ldmq.settings import Settings
@@ -42,13 +42,18 @@ def test_plans_that_a_target_has_raised_are_each_reconstructed(
     assert len(list(tmp_path.iterdir())) > 1  # each plan has a folder of its own
 
 
-def test_ranges_and_learning_may_choose_their_samples_differently(
+def test_learning_takes_the_samples_of_calibration_unless_those_are_of_the_first_step() -> None:
+    assert sample_selection(Settings(calibration="first-step")) == "first-step"
+    for calibration, expected in {"first-step": BRIEF.selection, "uniform": "uniform", "tdac": "tdac"}.items():
+        assert sample_selection(Settings(calibration=calibration, reconstruction="quick")) == expected
+
+
+def test_what_a_selection_looks_at_is_recorded_for_learning(
     make: Callable[[str], Any], inputs_of: Callable[[str], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(reconstruction.PRESETS, "quick", BRIEF)
     asked = Settings(planner="uniform", scheme="w4a8", reconstruction="quick", calibration="tdac")
     outcome = quantize_pipeline(make("pixel"), inputs_of("pixel"), asked)
-    assert BRIEF.selection != "tdac"
-    assert outcome.recording.features is not None  # what TDAC looks at
+    assert outcome.recording.features is not None
     assert outcome.report.calibration["selection"] == "tdac"
     assert outcome.report.reconstruction
