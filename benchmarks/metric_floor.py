@@ -3,16 +3,18 @@
     python benchmarks/metric_floor.py cifar10_train.zip cifar10_test.zip
 
 Rows: test pictures, all and 5,000 of them, against all training pictures; two times 5,000 different training pictures
-against each other; and the first 5,000 with noise added, which shows what a visible fault costs.
+against each other; the first 5,000 with noise added, which shows what a visible fault costs; and 5,000 training
+pictures through the latent models' autoencoder, the floor of what those can draw.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from diffusers_ldmq.evaluation import Against, Evaluation, Run, evaluate
@@ -21,6 +23,7 @@ from diffusers_ldmq.features import measure_reference
 from diffusers_ldmq.picture_sets import PictureSet, picture_set
 
 CLASSIFIER = Path(__file__).parent / "models" / "cifar-classifier"
+AUTOENCODER = Path(__file__).parent / "models" / "cifar-classes"
 COUNT = 5000
 NOISE = 8
 """Standard deviation of the added noise, of 255."""
@@ -36,6 +39,19 @@ class Noisy(PictureSet):
             yield (pictures + noise).round().clamp(0, 255).to(torch.uint8)
 
 
+@dataclass(frozen=True, eq=False)
+class Decoded(PictureSet):
+    """The same pictures, encoded and decoded."""
+
+    def batches(self, batch: int = 100) -> Iterator[Tensor]:
+        autoencoder: Any = AutoencoderKL.from_pretrained(str(AUTOENCODER), subfolder="vae").eval()
+        for pictures in super().batches(batch):
+            with torch.no_grad():
+                latents = autoencoder.encode(pictures.float() / 127.5 - 1).latent_dist.mean
+                decoded = autoencoder.decode(latents).sample
+            yield ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def rows(train: PictureSet, test: PictureSet, extractor: FeatureExtractor) -> Iterator[Evaluation]:
     """One evaluation per row of the table."""
     half = train.taken(2 * COUNT)
@@ -46,6 +62,7 @@ def rows(train: PictureSet, test: PictureSet, extractor: FeatureExtractor) -> It
         f"test, {COUNT}": (test.taken(COUNT), train),
         f"train, {COUNT} others": (one, other),
         f"test, {COUNT}, noise of {NOISE}/255": (noisy, train),
+        f"train, {COUNT}, through the autoencoder": (Decoded(train.path, one.names, train.size), train),
     }
     for name, (pictures, reference) in every.items():
         against = Against(extractor, measure_reference(reference, extractor))
