@@ -16,6 +16,9 @@ from .calls import UNBATCHED, Batch, flatten, parts
 from .errors import CalibrationError, OutputError
 from .units import Unit, in_place, row_bytes, watch, watch_arguments
 
+ACTIVATIONS = "ldmq-activations-"
+"""How the names of folders with activations begin."""
+
 
 @dataclass(slots=True)
 class ActivationStore:
@@ -30,7 +33,7 @@ class ActivationStore:
     @contextmanager
     def open(budget: int, folder: str | os.PathLike[str] | None = None) -> Iterator["ActivationStore"]:
         """A store whose files are gone when the context ends. folder: where they are made (default: the system's)."""
-        with TemporaryDirectory(prefix="ldmq-activations-", dir=folder) as made:
+        with TemporaryDirectory(prefix=ACTIVATIONS, dir=folder) as made:
             yield ActivationStore(Path(made), budget)
 
     def empty(self, rows: int, like: Tensor) -> Tensor:

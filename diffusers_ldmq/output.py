@@ -126,7 +126,7 @@ def file_beside(path: str | os.PathLike[str]) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         beside.replace(path)
-    except OSError as cause:
+    except (OSError, SafetensorError) as cause:
         raise OutputError(f"{path}: could not be written ({_reason(cause)}); nothing was changed") from cause
     finally:
         beside.unlink(missing_ok=True)

@@ -3,7 +3,7 @@ the float one gives, then all scales together, so that the denoiser does.
 
 Source: fine-grained block reconstruction of EDA-DM (arXiv 2401.04585), loss = block + gamma * its layers. Ours: every
 loss is relative to its target's energy, so that one gamma serves all models; one forward per iteration, because the
-layers' targets are kept; the rounding is pushed to a decision, so that what was learned is what is rounded.
+layers' targets are kept; weights are rounded all along, so that what was learned is what runs.
 """
 
 import os

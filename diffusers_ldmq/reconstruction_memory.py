@@ -7,6 +7,7 @@ states, its figures as JSON in the header. Every file is complete or not there.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .activations import ACTIVATIONS
 from .artifacts import Reconstructed
 from .calls import Recording, tensor_key
 from .errors import CheckpointError
@@ -73,6 +75,8 @@ class ReconstructionMemory:
         path = Path(folder)
         if (path / "identity.json").exists():
             _refuse_other(path, read_json(path / "identity.json", CheckpointError), identity)
+            for stale in path.glob(f"{ACTIVATIONS}*"):  # of a run that was killed
+                shutil.rmtree(stale, ignore_errors=True)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(f"{path}: holds something else than a reconstruction; name a new or empty folder")
         else:

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from diffusers_ldmq.errors import OutputError
-from diffusers_ldmq.output import folder_beside, folder_into, refuse_folder
+from diffusers_ldmq.output import file_beside, folder_beside, folder_into, refuse_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -178,3 +179,17 @@ def test_no_space_while_writing_into_a_folder_is_one_line(existing: bool, tmp_pa
     out = filled(tmp_path / "out") if existing else tmp_path / "out"
     with pytest.raises(OutputError, match=r"could not be written \(no space left on the disk\)"), folder_into(out):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_safetensors_finds_full_is_told_and_the_earlier_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "unit.safetensors"
+    path.write_bytes(b"earlier")
+
+    def write() -> None:
+        with file_beside(path) as beside:
+            beside.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OutputError, match="no space left on the disk"):
+        write()
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("unit.safetensors", b"earlier")]

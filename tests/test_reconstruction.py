@@ -106,11 +106,13 @@ def test_an_interrupted_reconstruction_goes_on_to_the_same_result(
         reconstruct(denoiser, calibration, recording, BRIEF, memory=memory, progress=stop)
     assert len(list(memory.glob("unit-*.safetensors"))) == 6
     assert not list(memory.glob(".*"))
+    (memory / "ldmq-activations-killed").mkdir()  # a process that is killed cannot remove its own
     told.clear()
     resumed, again = reconstruct(
         denoiser, calibration, recording, BRIEF, memory=memory, progress=lambda d, a: told.append(d)
     )
     assert min(told) > 6 * BRIEF.learning.iterations
+    assert not list(memory.glob("ldmq-activations-*"))
     assert equal(resumed, whole)
     assert again == units
     monkeypatch.setattr(stage, "windows", None)  # everything is remembered: nothing is gathered again
