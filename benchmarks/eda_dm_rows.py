@@ -16,6 +16,7 @@ from diffusers_ldmq.learning import LearningSettings
 from diffusers_ldmq.progress import Progress
 from diffusers_ldmq.quantization import quantized_for_now
 from diffusers_ldmq.reconstruction import FULL, QUICK, ReconstructionSettings, reconstruct
+from diffusers_ldmq.recording import with_reference
 from diffusers_ldmq.selections import TDAC, Selection
 
 STEPS = 20
@@ -134,6 +135,7 @@ def calibrated(
     if row.own_samples:
         with quantized_for_now(denoiser, found):
             own = recording_of(model, pipe)
+        own = with_reference(own, denoiser)  # inputs that the quantized model makes, outputs that the float one gives
         again = memory.with_name(f"{memory.name}-own")
         found, units = reconstruct(denoiser, start, own, chosen, memory=again, progress=progress)
     return found, units

@@ -4,13 +4,14 @@ import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .calls import Call, Recording, evaluating, flatten, tensor_key
+from .calls import Call, Recording, evaluating, flatten, run, tensor_key
 from .errors import LDMQError, RecordingError
 from .families import family_of, find_denoiser, refuse_compiled
 from .progress import Progress
@@ -60,6 +61,20 @@ def record_calls(
         if progress:
             progress(number + 1, len(jobs))
     return recorder.result()
+
+
+def with_reference(recording: Recording, denoiser: nn.Module, progress: Progress | None = None) -> Recording:
+    """The recording with the outputs that this denoiser gives: the float one's where a quantized one was recorded, an
+    fp32 one's where 16 bits would hide what quantizing does."""
+    tensors, calls = dict(recording.tensors), []
+    for done, call in enumerate(recording.calls):
+        output = run(denoiser, recording.batch(call))
+        key = tensor_key(output)
+        tensors[key] = output
+        calls.append(replace(call, output=key))
+        if progress is not None:
+            progress(done + 1, len(recording.calls))
+    return replace(recording, calls=tuple(calls), tensors=tensors)
 
 
 def try_one_step(pipe: Any, inputs: dict[str, Any]) -> Recording:

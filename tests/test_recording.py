@@ -19,7 +19,7 @@ from diffusers_ldmq import Recording, record_calls
 from diffusers_ldmq.calls import run
 from diffusers_ldmq.errors import LDMQError, RecordingError
 from diffusers_ldmq.families import family_of
-from diffusers_ldmq.recording import generators, image_count
+from diffusers_ldmq.recording import generators, image_count, with_reference
 
 Recordings = Callable[[str], Recording]
 Make = Callable[[str], Any]
@@ -38,6 +38,19 @@ def test_replay_gives_the_recorded_output_bit_for_bit(kind: str, denoiser_of: Ma
     for call in recording.calls:
         batch = recording.batch(call)
         assert torch.equal(run(denoiser, batch), batch.output)
+
+
+def test_outputs_can_be_those_of_another_denoiser(denoiser_of: Make, recordings: Recordings) -> None:
+    denoiser, recording = denoiser_of("pixel"), recordings("pixel")
+    with torch.no_grad():
+        denoiser.conv_out.weight.mul_(2)
+        denoiser.conv_out.bias.mul_(2)
+    told: list[int] = []
+    found = with_reference(recording, denoiser, lambda done, whole: told.append(done))
+    assert told == list(range(1, len(recording.calls) + 1))
+    for before, after in zip(recording.calls, found.calls, strict=True):
+        assert torch.allclose(found.batch(after).output, 2 * recording.batch(before).output, rtol=1e-4, atol=1e-5)
+        assert after.tensors == before.tensors
 
 
 @pytest.mark.parametrize(("kind", "halves"), [("bundled", 2), ("pixel", 1), ("dit", 2)], indirect=["kind"])

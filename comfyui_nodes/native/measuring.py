@@ -19,6 +19,7 @@ from diffusers_ldmq.calls import Recording
 from diffusers_ldmq.errors import CalibrationError
 from diffusers_ldmq.profiling import FEW_ROWS, ProfileSettings, profile_sqnr
 from diffusers_ldmq.progress import Progress
+from diffusers_ldmq.recording import with_reference
 from diffusers_ldmq.selections import SELECTIONS, first_step, uniform
 from diffusers_ldmq.specs import parse_scheme
 
@@ -27,7 +28,7 @@ from .float_copy import alive, copy_dtype, differentiable, float_copy, placed
 from .observing import SampleRanges
 from .patching import check_plan, refuse_unfit_model, source_layers
 from .ranges import InputRanges
-from .recorder import Recorder, with_reference
+from .recorder import Recorder
 
 OBSERVER = "minmax-affine"
 MOST_IMAGES = 8

@@ -23,7 +23,7 @@ from diffusers_ldmq.families import family_of
 from diffusers_ldmq.progress import Progress
 from diffusers_ldmq.reconstruction import ReconstructionSettings, fitted, reconstruct
 from diffusers_ldmq.reconstruction_memory import identity_of
-from diffusers_ldmq.recording import Middle
+from diffusers_ldmq.recording import Middle, with_reference
 from diffusers_ldmq.serialization import to_json
 from diffusers_ldmq.settings import reconstruction_of
 from diffusers_ldmq.specs import LayerState, Scheme
@@ -32,7 +32,7 @@ from .capture import Sampling, Scene, checked_scene
 from .measuring import MOST_IMAGES, PARTS, RECORDED, Share, measuring, record_runs
 from .patching import KnownRange, check_plan, refuse_unfit_model, runnable, source_layers
 from .ranges import InputRanges
-from .recorder import OPTIONS, with_reference
+from .recorder import OPTIONS
 
 
 @dataclass(frozen=True, slots=True, eq=False)

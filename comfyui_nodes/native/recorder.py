@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_ldmq.calls import Call, InMemory, Recording, flatten, run, tensor_key
+from diffusers_ldmq.calls import Call, InMemory, Recording, flatten, tensor_key
 from diffusers_ldmq.errors import RecordingError
-from diffusers_ldmq.progress import Progress
 
 from .capture import arguments, refuse_not_finite, timestep_of
 
@@ -109,17 +107,3 @@ def _options_of_rows(options: dict[str, Any], keep: Tensor, rows: int) -> dict[s
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows:
             chosen[name] = value[keep.to(value.device)]
     return chosen
-
-
-def with_reference(recording: Recording, denoiser: nn.Module, progress: Progress | None = None) -> Recording:
-    """The recording with the outputs that this denoiser, the float copy, gives. What quantizing does to a MODEL that
-    computes in 16 bits would be hidden by that rounding."""
-    tensors, calls = dict(recording.tensors), []
-    for done, call in enumerate(recording.calls):
-        output = run(denoiser, recording.batch(call))
-        key = tensor_key(output)
-        tensors[key] = output
-        calls.append(replace(call, output=key))
-        if progress is not None:
-            progress(done + 1, len(recording.calls))
-    return replace(recording, calls=tuple(calls), tensors=tensors)

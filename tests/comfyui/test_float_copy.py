@@ -21,7 +21,7 @@ def recorded(model: Any, kind: str = "sd15", **changes: Any) -> tuple[Any, Any]:
 
 def worst(copy: Any, recording: Any) -> float:
     """SQNR in dB of what the copy gives against what the MODEL gave, of the worst recorded call."""
-    from comfyui_nodes.native.recorder import with_reference
+    from diffusers_ldmq.recording import with_reference
 
     with torch.inference_mode(False):
         given = with_reference(recording, copy)
