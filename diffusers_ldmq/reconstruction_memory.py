@@ -29,7 +29,7 @@ from .units import Unit
 from .version import __version__
 
 FREE = ("memory_bytes",)
-"""Settings that the result does not depend on."""
+"""Settings that the result does not depend on, but for the order of sums where few rows fit into a pass."""
 LEARNED = ("weight", "weight_scale", "bias", "input_scale")
 """Tensors of a state that reconstruction changes."""
 
